@@ -1,0 +1,1 @@
+"""The PyTorch reference of the DeepSeek-VL2 family, written to be exported."""

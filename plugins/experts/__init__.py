@@ -1,0 +1,1 @@
+"""Expert routing and the routed experts as one operator."""
