@@ -1,0 +1,62 @@
+"""`vl2 run`: one question to a bundle, the answer streamed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vl2.cli.options import debug_option, generation_options, json_option, to_generation_options
+
+
+@click.command("run")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="The question; <image> in it places the images.")
+@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path),
+              help="An image file; may be given several times.")
+@click.option("--draw", type=click.Path(path_type=Path), help="Write the last image with the answer's boxes here.")
+@generation_options
+@json_option
+@debug_option
+def command(bundle: Path, prompt: str, images: tuple[Path, ...], draw: Path | None, as_json: bool,
+            **generation: Any) -> None:
+    """Answer one question about images from BUNDLE."""
+    from vl2.runtime import open_bundle
+
+    model = open_bundle(bundle)
+    click.echo(f"backend: {model.backend}", err=True)
+    answer = answer_streamed(model, prompt, images, to_generation_options(generation), echo=not as_json)
+    if as_json:
+        click.echo(json.dumps(answer.to_dict(), ensure_ascii=False))
+    report_boxes(answer)
+    if draw is not None:
+        draw_boxes(answer, images, draw)
+
+
+def answer_streamed(asker: Any, prompt: str, images: tuple[Path, ...], options: Any, echo: bool) -> Any:
+    """The Answer of a bundle or a chat; its text goes to stdout piece by piece when `echo` is set."""
+    stream = asker.stream(prompt, images=list(images), options=options)
+    for piece in stream:
+        if echo:
+            click.echo(piece, nl=False)
+    if echo:
+        click.echo()
+    return stream.answer
+
+
+def report_boxes(answer: Any) -> None:
+    """Says on stderr what of the grounding output could not be read; nothing is dropped in silence."""
+    for problem in answer.box_problems:
+        click.echo(f"warning: {problem}", err=True)
+
+
+def draw_boxes(answer: Any, images: tuple[Path, ...], target: Path) -> None:
+    """Writes the last image with the boxes of the answer, as the original draws them."""
+    from vl2.errors import VL2Error
+    from vl2.runtime.grounding import draw
+    from vl2.vl2_image_open import load_image  # replaced below
+
+    if not images:
+        raise VL2Error("--draw needs an image to draw on, and the question has none", hint="add --image FILE")
+    draw(load_image(images[-1]), answer.boxes).save(target)
+    click.echo(f"{len(answer.boxes)} boxes drawn: {target}", err=True)
