@@ -97,13 +97,15 @@ def _checkpoint_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _bundle_lines(facts: dict[str, Any]) -> list[str]:
-    lines = [f"scheme {facts['scheme']}, parity {facts['verify']['status']}, from {facts['source']['name']}", "", "modules"]
+    lines = [f"scheme {facts['scheme']}, parity {facts['verify']['status']}, from {facts['source']['name']}"]
+    lines += ["", "modules"]
     for name, module in facts["modules"].items():
         lines.append(f"  {name:20} {module['parameters']:>16,} {_size(module['size_bytes']):>10}")
     for name, graph in facts["graphs"].items():
         lines += ["", f"graph {name}: {graph['file']} + {graph['data_file']}"]
         for way in ("inputs", "outputs"):
-            lines += [f"  {way[:-1]:6} {port['name']:22} {port['dtype']:8} {_shape(port['shape'])}" for port in graph[way]]
+            lines += [f"  {way[:-1]:6} {port['name']:22} {port['dtype']:8} {_shape(port['shape'])}"
+                      for port in graph[way]]
     return [*lines, "", "files", *_file_lines(facts["files"])]
 
 

@@ -16,7 +16,8 @@ _HELP = "/image FILE adds an image to the next question, /reset forgets the conv
 
 @click.command("chat")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="An image for the first question.")
+@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path),
+              help="An image for the first question.")
 @generation_options
 @debug_option
 def command(bundle: Path, images: tuple[Path, ...], **generation: Any) -> None:

@@ -51,9 +51,9 @@ def workstation_half() -> ModuleType:
         return importlib.import_module("vl2.export")
     except ModuleNotFoundError as error:
         raise VL2Error(f"exporting needs the Python package `{error.name}`, which is not installed",
-                       hint="pip install 'vl2-edge[export]'; a device only runs bundles and does not need it") from error
+                       hint="pip install 'vl2-edge[export]'; a device that runs bundles needs none of it") from error
 
 
 def _sentence(summary: dict) -> str:
-    size = summary["size_bytes"] / 1e9
-    return f"{summary['bundle']}: {summary['variant']} {summary['scheme']}, {size:.3f} GB, parity {summary['verify']['status']}"
+    return (f"{summary['bundle']}: {summary['variant']} {summary['scheme']}, {summary['size_bytes'] / 1e9:.3f} GB, "
+            f"parity {summary['verify']['status']}")
