@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 
 from vl2.errors import VL2Error
 from vl2.image import ImageGeometry, image_token_count, load_image, preprocess
-from vl2.special_tokens import ASSISTANT, USER, SpecialTokens, load_tokenizer, read_json
+from vl2.json_file import read_json
+from vl2.special_tokens import ASSISTANT, USER, SpecialTokens, load_tokenizer
 
 IMAGE_PLACEHOLDER = "<image>"
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
 from vl2.errors import VL2Error
+from vl2.json_file import read_json
 
 REF_OPEN, REF_CLOSE = "<|ref|>", "<|/ref|>"
 DET_OPEN, DET_CLOSE = "<|det|>", "<|/det|>"
@@ -77,16 +77,3 @@ def _add_missing(tokenizer: Tokenizer, tokens: list[str]) -> None:
     for token in tokens:
         if token not in present:
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in `path`; VL2Error naming the file when it is missing, broken or no object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise VL2Error(f"{path} is missing", "check that the folder is complete") from error
-    except (OSError, ValueError) as error:
-        raise VL2Error(f"{path} cannot be read as JSON: {error}", "fetch the file again") from error
-    if not isinstance(content, dict):
-        raise VL2Error(f"{path} holds a {type(content).__name__}, expected a JSON object")
-    return content
