@@ -9,14 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from vl2.config import LanguageConfig
 from vl2.model.norm import RMSNorm
 from vl2.model.rope import apply_rope, deinterleave, latent_softmax_scale
+
+from vl2.config import LanguageConfig
 
 _INNER_EPS = 1e-6  # the inner norms ignore rms_norm_eps (specification 8)
 
 Rope = tuple[Tensor, Tensor]
+Cache = tuple[Tensor, ...]
 
 
 class Attention(nn.Module):
@@ -33,7 +34,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(size, kv_size, bias=bias)
         self.o_proj = nn.Linear(size, size, bias=bias)
 
-    def forward(self, x: Tensor, mask: Tensor, rope: Rope, past: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, x: Tensor, mask: Tensor, rope: Rope, past: Cache) -> tuple[Tensor, Cache]:
         """x: [B, T, H]; mask: additive [B, 1, T, P + T]; rope: cos, sin [B, T, d]; past: () or (key, value).
 
         Returns the output [B, T, H] and the new (key, value), each [B, T, kv_heads, head_dim].
@@ -82,7 +83,7 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.v_dim), bias=False)
         self.o_proj = nn.Linear(self.heads * self.v_dim, size, bias=bias)
 
-    def forward(self, x: Tensor, mask: Tensor, rope: Rope, past: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, x: Tensor, mask: Tensor, rope: Rope, past: Cache) -> tuple[Tensor, Cache]:
         """x: [B, T, H]; mask: additive [B, 1, T, P + T]; rope: cos, sin [B, T, dr]; past: () or (latent,).
 
         Returns the output [B, T, H] and the new (latent,) [B, T, R + dr].

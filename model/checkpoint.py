@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from vl2.model.vl2 import DeepseekVL2
 
 from vl2.config import ModelConfig, load_config
 from vl2.errors import VL2Error
-from vl2.model.vl2 import DeepseekVL2
 from vl2.safetensors_file import TensorEntry, checkpoint_entries
 
 # Rules from a parameter's name to the checkpoint's; a parameter that none matches keeps its name.
@@ -93,7 +93,7 @@ def check_checkpoint(folder: Path | str, config: ModelConfig) -> dict[str, Tenso
     for name, entry in entries.items():
         if name not in expected:
             raise VL2Error(
-                f"tensor `{name}` {list(entry.shape)} in {entry.path} is not part of the model that config.json describes",
+                f"tensor `{name}` in {entry.path} is not part of the model that config.json describes",
                 "config.json and the weights must come from the same model",
             )
         if entry.shape != expected[name]:
@@ -101,7 +101,8 @@ def check_checkpoint(folder: Path | str, config: ModelConfig) -> dict[str, Tenso
                 f"tensor `{name}` in {entry.path} has the shape {list(entry.shape)}, expected {list(expected[name])}"
             )
         if entry.dtype not in DTYPES:
-            raise VL2Error(f"tensor `{name}` in {entry.path} has the dtype {entry.dtype}, expected one of {', '.join(DTYPES)}")
+            expected_dtypes = ", ".join(DTYPES)
+            raise VL2Error(f"tensor `{name}` in {entry.path} has the dtype {entry.dtype}, expected {expected_dtypes}")
     return entries
 
 
@@ -154,15 +155,15 @@ def load_model(folder: Path | str, dtype: torch.dtype = torch.float32) -> Deepse
     entries = check_checkpoint(folder, config)
     with torch.device("meta"):
         model = DeepseekVL2(config)
-    state = {
-        name: _read_parameter(tuple(entries[source] for source in _sources(name, tuple(parameter.shape))), parameter, dtype)
-        for name, parameter in model.state_dict().items()
-    }
+    state = {}
+    for name, parameter in model.state_dict().items():
+        sources = _sources(name, tuple(parameter.shape))
+        state[name] = _read_parameter([entries[source] for source in sources], parameter, dtype)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 
 
-def _read_parameter(entries: tuple[TensorEntry, ...], parameter: Tensor, dtype: torch.dtype) -> Tensor:
+def _read_parameter(entries: list[TensorEntry], parameter: Tensor, dtype: torch.dtype) -> Tensor:
     dtype = torch.float32 if entries[0].name.endswith(KEPT_FLOAT32) else dtype
     if tuple(parameter.shape) == entries[0].shape:
         return _cast(read_tensor(entries[0]), dtype, entries[0])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-
-from vl2.config import LanguageConfig
-from vl2.model.attention import Attention, LatentAttention, Rope
+from vl2.model.attention import Attention, Cache, LatentAttention, Rope
 from vl2.model.moe import FeedForward, MoE
 from vl2.model.norm import RMSNorm
 from vl2.model.rope import rope_tables
+
+from vl2.config import LanguageConfig
 
 
 class DecoderLayer(nn.Module):
@@ -23,7 +23,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(size, eps)
         self.mlp = MoE(config) if config.is_moe(l) else FeedForward(size, config.intermediate_size)
 
-    def forward(self, x: Tensor, mask: Tensor, rope: Rope, past: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, x: Tensor, mask: Tensor, rope: Rope, past: Cache) -> tuple[Tensor, Cache]:
         """Shapes as in `Attention.forward`."""
         y, new = self.self_attn(self.input_layernorm(x), mask, rope, past)
         x = x + y
@@ -43,12 +43,12 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
-        self, inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, past: tuple[Tensor, ...] = ()
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, past: Cache = ()
+    ) -> tuple[Tensor, Cache]:
         """The hidden states after the final norm [B, T, H] and the new cache entries, in the order of `cache_names`.
 
         inputs_embeds: [B, T, H]; position_ids: [B, T] int64; attention_mask: [B, P + T] bool, false at left padding;
-        past: () for none, or per layer the tensors of `Attention` (key, value) or `LatentAttention` (latent), [B, P, …].
+        past: () for none, or per layer (key, value) of `Attention` or (latent,) of `LatentAttention`, each [B, P, …].
         Outputs at padded positions are finite and mean nothing.
         """
         total = attention_mask.shape[1]
@@ -69,7 +69,7 @@ class Decoder(nn.Module):
         """"key.0", "value.0", "key.1", … or "latent.0", "latent.1", …: the order of `past` and of the new entries."""
         return tuple(f"{name}.{l}" for l, layer in enumerate(self.layers) for name in layer.self_attn.cache_names)
 
-    def empty_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    def empty_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> Cache:
         """A past of no tokens (P = 0)."""
         c = self.config
         shape = (batch, 0, c.kv_lora_rank + c.qk_rope_head_dim) if c.use_mla else (batch, 0, c.kv_heads, c.head_dim)
@@ -82,13 +82,13 @@ class Decoder(nn.Module):
                 layer.self_attn.absorbed = absorbed
 
 
-def append_cache(past: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def append_cache(past: Cache, new: Cache) -> Cache:
     """`past` grown by the entries that `Decoder.forward` returned."""
     return tuple(torch.cat(pair, dim=1) for pair in zip(past, new, strict=True)) if past else new
 
 
 def positions_from_mask(attention_mask: Tensor) -> Tensor:
-    """Positions that generation uses: real tokens count from 0, padding gets 1 (specification 10). [B, S] bool to int64."""
+    """Positions in generation, [B, S] bool to int64: real tokens count from 0, padding gets 1 (specification 10)."""
     return (attention_mask.long().cumsum(-1) - 1).masked_fill(~attention_mask, 1)
 
 

@@ -103,7 +103,8 @@ class Experts(nn.Module):
         token = order // chosen
         counts = idx.flatten().bincount(minlength=experts).tolist()
         # unbind, not indexing: its backward stacks the experts' gradients once
-        parts = zip(x[token].split(counts), *(w.unbind() for w in (self.gate_proj, self.up_proj, self.down_proj)), strict=True)
+        matrices = (w.unbind() for w in (self.gate_proj, self.up_proj, self.down_proj))
+        parts = zip(x[token].split(counts), *matrices, strict=True)
         outputs = [F.linear(F.silu(F.linear(p, gate)) * F.linear(p, up), down) for p, gate, up, down in parts if len(p)]
         weighted = torch.cat(outputs).float() * weights.flatten()[order][:, None]
         return torch.zeros(x.shape, dtype=torch.float32, device=x.device).index_add(0, token, weighted).to(x.dtype)

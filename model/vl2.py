@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from vl2.model.attention import Cache
+from vl2.model.decoder import Decoder
+from vl2.model.merge import ImageEnds, assemble_image, place_images
+from vl2.model.projector import Projector
+from vl2.model.vision import VisionTower
 
 from vl2.config import ModelConfig
 from vl2.errors import VL2Error
-from vl2.model.decoder import Decoder
-from vl2.model.merge import assemble_image, join_views, place_images
-from vl2.model.projector import Projector
-from vl2.model.vision import VisionTower
 
 
 class DeepseekVL2(nn.Module):
@@ -38,10 +39,9 @@ class DeepseekVL2(nn.Module):
         sizes = [1 + width * height for width, height in crops.tolist()]
         if sum(sizes) != len(features):
             raise VL2Error(f"{len(features)} tiles were given, the crops {crops.tolist()} account for {sum(sizes)}")
-        return [
-            join_views(assemble_image(part, tuple(crop), self.image_newline, self.view_seperator), self.config.global_view_pos)
-            for part, crop in zip(features.split(sizes), crops.tolist(), strict=True)
-        ]
+        ends = ImageEnds(self.image_newline, self.view_seperator, self.config.global_view_pos)
+        parts = zip(features.split(sizes), crops.tolist(), strict=True)
+        return [assemble_image(part, (width, height), ends) for part, (width, height) in parts]
 
     def embed(self, input_ids: Tensor, images_seq_mask: Tensor, tiles: Tensor, crops: Tensor) -> Tensor:
         """Embeddings [B, T, H] of a prompt or batch with its images merged in.
@@ -55,8 +55,8 @@ class DeepseekVL2(nn.Module):
         return place_images(embeds, images_seq_mask, self.assemble_images(self.encode_tiles(tiles), crops))
 
     def forward(
-        self, inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, past: tuple[Tensor, ...] = ()
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, past: Cache = ()
+    ) -> tuple[Tensor, Cache]:
         """Logits float32 [B, T, V] and the new cache entries; arguments as in `Decoder.forward`."""
         hidden, new = self.language(inputs_embeds, position_ids, attention_mask, past)
         return self.language.logits(hidden), new

@@ -6,7 +6,6 @@ The published files omit every key that equals a default of the original classes
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from vl2.config_keys import check_choice, check_type, read_section
 from vl2.errors import VL2Error
+from vl2.json_file import read_json
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,9 @@ class LanguageConfig:
     @property
     def head_dim(self) -> int:
         """Width of one query and key head: plain H / heads, latent nope + rope."""
-        return (self.qk_nope_head_dim + self.qk_rope_head_dim) if self.use_mla else self.hidden_size // self.num_attention_heads
+        if self.use_mla:
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
+        return self.hidden_size // self.num_attention_heads
 
     @property
     def kv_heads(self) -> int:
@@ -214,28 +216,13 @@ class ModelConfig:
 
 
 def load_config(folder: Path | str) -> ModelConfig:
-    """Reads `folder`/config.json. Raises VL2Error on a missing or broken file and on what ModelConfig.from_dict refuses."""
+    """Reads `folder`/config.json. Raises VL2Error on a missing or broken file and as `ModelConfig.from_dict` does."""
     path = Path(folder) / "config.json"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise VL2Error(f"cannot read {path}: {error.strerror}", "give a checkpoint folder in the Hugging Face layout") from error
-    try:
-        values = json.loads(text, object_pairs_hook=_unique_keys)
-    except (ValueError, UnicodeDecodeError) as error:
-        raise VL2Error(f"{path} is not valid JSON: {error}") from error
+    values = read_json(path)
     try:
         return ModelConfig.from_dict(values)
     except VL2Error as error:
         raise VL2Error(f"{path}: {error.message}", error.hint) from error
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        repeated = next(key for i, (key, _) in enumerate(pairs) if key in {k for k, _ in pairs[:i]})
-        raise ValueError(f"the key {repeated!r} occurs twice")
-    return values
 
 
 def _resolutions(values: Any) -> tuple[tuple[int, int], ...]:
@@ -267,12 +254,13 @@ def _check_same(name: str, value: int, other: str, expected: int) -> None:
 
 
 def _check_plain(config: LanguageConfig) -> None:
-    _check_divides("language_config.num_attention_heads", config.num_attention_heads, "hidden_size", config.hidden_size)
-    if config.kv_heads <= 0:
-        raise VL2Error(f"`language_config.num_key_value_heads` is {config.kv_heads}, expected more than 0")
-    _check_divides("language_config.num_key_value_heads", config.kv_heads, "num_attention_heads", config.num_attention_heads)
+    heads, kv_heads = config.num_attention_heads, config.kv_heads
+    _check_divides("language_config.num_attention_heads", heads, "hidden_size", config.hidden_size)
+    if kv_heads <= 0:
+        raise VL2Error(f"`language_config.num_key_value_heads` is {kv_heads}, expected more than 0")
+    _check_divides("language_config.num_key_value_heads", kv_heads, "num_attention_heads", heads)
     if config.head_dim % 2:
-        raise VL2Error(f"`language_config.hidden_size` / num_attention_heads is {config.head_dim}, expected an even number")
+        raise VL2Error(f"`language_config.hidden_size` / num_attention_heads is {config.head_dim}, expected even")
 
 
 def _check_latent(config: LanguageConfig) -> None:
@@ -302,7 +290,8 @@ def _check_experts(config: LanguageConfig) -> None:
 def _check_groups(config: LanguageConfig) -> None:
     groups, kept = config.n_group, config.topk_group
     if groups is None or groups < 1 or config.n_routed_experts % groups:
-        raise VL2Error(f"`language_config.n_group` is {groups}, expected a divisor of n_routed_experts {config.n_routed_experts}")
+        experts = config.n_routed_experts
+        raise VL2Error(f"`language_config.n_group` is {groups}, expected a divisor of n_routed_experts {experts}")
     if kept is None or not 1 <= kept <= groups:
         raise VL2Error(f"`language_config.topk_group` is {kept}, expected 1 to n_group = {groups}")
     if config.topk_method == "noaux_tc" and config.n_routed_experts // groups < 2:

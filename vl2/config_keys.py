@@ -18,12 +18,14 @@ _NO_HEAD = "names labels of a classification head, which this family does not ha
 _EXTRA = "extra key of the published files that the original code never reads"
 
 _GENERATION_KEYS = (
-    "max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p "
-    "typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
-    "num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty "
-    "suppress_tokens begin_suppress_tokens decoder_start_token_id"
+    "max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k "
+    "top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
+    "num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values suppress_tokens "
+    "exponential_decay_length_penalty begin_suppress_tokens decoder_start_token_id"
 ).split()
-_OUTPUT_KEYS = "return_dict output_hidden_states output_attentions output_scores return_dict_in_generate use_cache".split()
+_OUTPUT_KEYS = (
+    "return_dict output_hidden_states output_attentions output_scores return_dict_in_generate use_cache"
+).split()
 _NO_HEAD_KEYS = "finetuning_task id2label label2id problem_type task_specific_params".split()
 
 # Keys of the Hugging Face base configuration that any section may carry and that change no result.

@@ -1,7 +1,7 @@
 """Headers of safetensors files, read and checked without loading a weight.
 
-Layout: 8 bytes little-endian header length N, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data, packed
-without holes. A checkpoint is one `model.safetensors` or shards named by `model.safetensors.index.json`.
+Layout: 8 bytes little-endian header length N, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data,
+packed without holes. A checkpoint is one `model.safetensors` or shards named by `model.safetensors.index.json`.
 """
 
 from __future__ import annotations
@@ -45,15 +45,17 @@ def read_header(path: Path | str) -> dict[str, TensorEntry]:
     path = Path(path)
     header, start, end = _read_json(path)
     header.pop("__metadata__", None)
-    entries = sorted((_entry(name, value, start, path) for name, value in header.items()), key=lambda e: (e.offset, e.size_bytes))
+    entries = [_entry(name, value, start, path) for name, value in header.items()]
+    entries.sort(key=lambda entry: (entry.offset, entry.size_bytes))
     position = start
     for entry in entries:
+        where = f"tensor `{entry.name}` in {path}"
         if entry.offset != position:
             what = "overlaps the tensor before it" if entry.offset < position else "leaves a hole before it"
-            raise VL2Error(f"tensor `{entry.name}` in {path} {what} (offset {entry.offset}, expected {position})", _AGAIN)
+            raise VL2Error(f"{where} {what}: it starts at byte {entry.offset}, expected {position}", _AGAIN)
         position += entry.size_bytes
         if position > end:
-            raise VL2Error(f"{path} is truncated: tensor `{entry.name}` ends at byte {position}, the file at {end}", _AGAIN)
+            raise VL2Error(f"{where} is truncated: it ends at byte {position}, the file at {end}", _AGAIN)
     if position != end:
         raise VL2Error(f"{path} has {end - position} bytes after its last tensor, expected none", _AGAIN)
     return {entry.name: entry for entry in entries}
@@ -73,7 +75,7 @@ def checkpoint_entries(folder: Path | str) -> dict[str, TensorEntry]:
     pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
     if pickled:
         raise VL2Error(
-            f"{folder} has its weights as Python pickle ({pickled[0]}), which can run code when it is opened; vl2 does not open it",
+            f"{folder} has its weights as Python pickle ({pickled[0]}), which can run code when it is opened",
             "convert them where you trust their source: load with torch.load(..., weights_only=True) and save with "
             "safetensors.torch.save_file, or fetch the repository's safetensors files",
         )
@@ -91,7 +93,7 @@ def _indexed_entries(folder: Path) -> dict[str, TensorEntry]:
     entries = {}
     for shard, names in sorted(shards.items()):
         if not (folder / shard).exists():
-            raise VL2Error(f"{index} names the shard {shard}, which is missing from the folder", "fetch the missing shard")
+            raise VL2Error(f"{index} names the shard {shard}, which is missing", f"fetch {shard} into the same folder")
         header = read_header(folder / shard)
         for name in names:
             if name not in header:
@@ -113,7 +115,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise VL2Error(
-                f"{index} places tensor `{name}` in {shard!r}, expected the name of a .safetensors file of the same folder"
+                f"{index} places tensor `{name}` in {shard!r}, expected a .safetensors file of the same folder",
+                "pickled weights (.bin, .pt) are not opened: fetch the repository's safetensors files",
             )
     return weight_map
 

@@ -1,0 +1,49 @@
+"""Every numeric bound of the suite and the reason for it. Compare as |got − want| ≤ atol + rtol · |want|."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Bound(NamedTuple):
+    atol: float
+    rtol: float
+
+
+# Against the goldens (tests/goldens/README.md): the same float32 computation in another order. The recorded run differs
+# from its own graph in float64 by up to 1.5e-5 in logits; the bounds leave a factor of about ten.
+FEATURES = Bound(1e-4, 1e-4)  # vision, projector, embeddings, hidden states, caches
+LOGITS = Bound(2e-4, 1e-4)  # logits have a standard deviation of about 2
+ROUTER_WEIGHTS = Bound(1e-5, 1e-4)  # weights and scores, all below 2.5
+UNIT = Bound(2e-5, 1e-4)  # one module on a small input: attention, moe, projector, norms, activations
+# cos and sin of position · frequency: float32 holds an angle of p radians to p · 6e-8.
+ROPE_NEAR = Bound(5e-5, 0.0)  # positions up to 600
+ROPE_FAR = Bound(5e-4, 0.0)  # positions up to 4095
+# Router choices are compared as sets; below this gap between the last chosen and the first rejected expert, rounding
+# may decide. Every real token of the goldens has more than 3e-6.
+ROUTER_MARGIN = 1e-6
+# bfloat16 keeps 8 bits: one unit in the last place is 2⁻⁷ of the value at most, and rounding order may move one.
+BFLOAT16_STEP = Bound(1e-6, 2**-7)
+
+# Between two forms of the same float32 computation (absorbed and naive, chunked and whole, batch and single): both are
+# within 1.5e-5 of float64, logits have a standard deviation of about 2.
+SAME_LOGITS = Bound(5e-5, 1e-5)
+# Modules in float64: only the order of sums differs.
+FLOAT64 = Bound(1e-10, 1e-10)
+
+
+def max_difference(got: object, want: object) -> float:
+    """The largest |got − want|, for messages and for the figures of docs/results.md."""
+    got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)
+    assert got.shape == want.shape, f"shape {got.shape}, expected {want.shape}"
+    return float(np.abs(got - want).max(initial=0.0))
+
+
+def assert_close(got: object, want: object, bound: Bound, what: str = "") -> None:
+    """Fails, naming the largest difference, unless every element is finite and within the bound."""
+    worst = max_difference(got, want)
+    got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)
+    inside = np.abs(got - want) <= bound.atol + bound.rtol * np.abs(want)
+    assert inside.all(), f"{what}: {np.count_nonzero(~inside)} of {inside.size} outside {bound}, at most {worst:.3g}"
