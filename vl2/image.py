@@ -137,23 +137,39 @@ def image_token_count(crop: tuple[int, int], geometry: ImageGeometry) -> int:
     return side * (side + 1) + 1 + side * tiles_high * (side * tiles_wide + 1)
 
 
-def preprocess(images: Sequence[Image.Image], geometry: ImageGeometry, tiling: bool | None = None) -> ImageTiles:
-    """Tiles of all images of one conversation.
+def image_crops(
+    sizes: Sequence[tuple[int, int]], geometry: ImageGeometry, tiling: bool | None = None
+) -> np.ndarray:
+    """int64 [n, 2]: how many local tiles (tw, th) each image of one conversation gets, from the images' sizes.
 
     `tiling` cuts each image at its best resolution; by default on for at most two images, as the original does.
+    """
+    side = geometry.tile_size
+    crops = np.ones((len(sizes), 2), np.int64)
+    if len(sizes) <= MAX_TILED_IMAGES if tiling is None else tiling:
+        for index, size in enumerate(sizes):
+            width, height = best_resolution(size, geometry.candidate_resolutions)
+            crops[index] = width // side, height // side
+    return crops
+
+
+def image_tiles(image: Image.Image, crop: Sequence[int], geometry: ImageGeometry) -> np.ndarray:
+    """float32 [1 + tw·th, 3, S, S]: the global view of an RGB image, then its local tiles row by row."""
+    side = geometry.tile_size
+    target = int(crop[0]) * side, int(crop[1]) * side
+    return np.concatenate([_cut(image, (side, side), geometry), _cut(image, target, geometry)])
+
+
+def preprocess(images: Sequence[Image.Image], geometry: ImageGeometry, tiling: bool | None = None) -> ImageTiles:
+    """Tiles of all images of one conversation; `tiling` as for `image_crops`.
+
     Raises VL2Error as `load_image` and `pad_geometry` do.
     """
-    if tiling is None:
-        tiling = len(images) <= MAX_TILED_IMAGES
-    side = geometry.tile_size
-    parts = [np.empty((0, 3, side, side), np.float32)]
-    crops = np.empty((len(images), 2), np.int64)
-    for index, image in enumerate(images):
-        rgb = load_image(image)
-        resolution = best_resolution(rgb.size, geometry.candidate_resolutions) if tiling else (side, side)
-        parts += [_cut(rgb, (side, side), geometry), _cut(rgb, resolution, geometry)]
-        crops[index] = resolution[0] // side, resolution[1] // side
-    return ImageTiles(np.concatenate(parts), crops)
+    rgb = [load_image(image) for image in images]
+    crops = image_crops([image.size for image in rgb], geometry, tiling)
+    none = np.empty((0, 3, geometry.tile_size, geometry.tile_size), np.float32)
+    parts = [image_tiles(image, crop, geometry) for image, crop in zip(rgb, crops, strict=True)]
+    return ImageTiles(np.concatenate([none, *parts]), crops)
 
 
 def _cut(image: Image.Image, target: tuple[int, int], geometry: ImageGeometry) -> np.ndarray:

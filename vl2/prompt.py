@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from vl2.errors import VL2Error
-from vl2.image import ImageGeometry, image_token_count, load_image, preprocess
+from vl2.image import ImageGeometry, image_crops, image_tiles, image_token_count, load_image
 from vl2.json_file import read_json
 from vl2.special_tokens import ASSISTANT, USER, SpecialTokens, load_tokenizer
 
@@ -32,11 +32,29 @@ _READ = ("candidate_resolutions", "downsample_ratio", "ignore_id", "image_mean",
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. role: "user", "assistant" or "system"; one image for each `<image>` in the content."""
+    """One turn. role: "user", "assistant" or "system"; one image for each `<image>` in the content.
+
+    token_ids: of an answer as it was generated; they stand for the content, which might encode to others.
+    """
 
     role: str
     content: str
     images: Sequence[str | os.PathLike | Image.Image] = ()
+    token_ids: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An encoded conversation whose images are not cut yet.
+
+    input_ids, target_ids: int64 [T]; images_seq_mask: bool [T]; images: RGB; crops: int64 [n, 2] (tw, th).
+    """
+
+    input_ids: np.ndarray
+    target_ids: np.ndarray
+    images_seq_mask: np.ndarray
+    images: tuple[Image.Image, ...]
+    crops: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -127,6 +145,10 @@ class Processor:
         Training (`inference=False`): the final eos stays. Raises VL2Error for a role, an order or a number of images
         the template does not allow.
         """
+        return self._cut(self.lay_out(conversation, inference))
+
+    def lay_out(self, conversation: Sequence[Message], inference: bool = True) -> Layout:
+        """As `encode`, but the images stay whole: a chat cuts only those that are new."""
         if not conversation:
             raise VL2Error("the conversation is empty", "begin with a user message")
         roles = [self._role(message, index) for index, message in enumerate(conversation)]
@@ -134,23 +156,24 @@ class Processor:
             raise VL2Error(f"the conversation ends with a {roles[-1]} message, expected an assistant message",
                            'end it with Message("assistant", ""), or with the beginning of the answer')
         images = [load_image(image) for message in conversation for image in message.images]
-        tiles = preprocess(images, self.geometry)
-        tokens, crops = _Tokens(), iter(tiles.crops)
+        crops = self._crops(images)
+        tokens, counts = _Tokens(), iter(crops)
         tokens.add([self.bos_id], target=not self.mask_prompt)
         for message, role in zip(conversation, roles, strict=True):
-            self._add_message(tokens, message, role, crops)
-        return self._prompt(tokens, tiles, inference)
+            self._add_message(tokens, message, role, counts)
+        return self._layout(tokens, images, crops, inference)
 
     def encode_text(self, text: str, images: Sequence = (), chat: bool = False, inference: bool = True) -> Prompt:
         """The prompt of a raw string: bos, the text, and eos in training; `chat` makes it one user turn."""
         content = f"{USER}: {text}\n\n{ASSISTANT}:" if chat else text
         _match_images(content, images, "the prompt")
-        tiles = preprocess([load_image(image) for image in images], self.geometry)
+        images = [load_image(image) for image in images]
+        crops = self._crops(images)
         tokens = _Tokens()
         tokens.add([self.bos_id], target=True)
-        self._add_text(tokens, content, iter(tiles.crops), target=True)
+        self._add_text(tokens, content, iter(crops), target=True)
         tokens.add([self.eos_id], target=True)
-        return self._prompt(tokens, tiles, inference)
+        return self._cut(self._layout(tokens, images, crops, inference))
 
     def collate(self, prompts: Sequence[Prompt]) -> Batch:
         """One batch in the original collator's form: ids padded left, tiles and crops padded with zeros at the end."""
@@ -182,9 +205,10 @@ class Processor:
             raise VL2Error(f"message {index + 1} has role {message.role!r}", f"expected one of {', '.join(_ROLES)}")
         if role == "system" and index > 0:
             raise VL2Error(f"message {index + 1} is a system message", "only the first message may be one")
-        if role != "user" and (message.images or IMAGE_PLACEHOLDER in message.content):
+        if role == "user":
+            _match_images(message.content, message.images, f"message {index + 1}")
+        elif message.images or (IMAGE_PLACEHOLDER in message.content and message.token_ids is None):
             raise VL2Error(f"message {index + 1} ({role}) holds an image", "only user messages may hold images")
-        _match_images(message.content, message.images, f"message {index + 1}")
         return role
 
     def _add_message(self, tokens: _Tokens, message: Message, role: str, crops) -> None:
@@ -194,7 +218,8 @@ class Processor:
         elif role == "system":
             tokens.add(self._ids(content), target=not self.mask_prompt)
         else:
-            tokens.add([*self._ids(content), self.eos_id], target=True)
+            ids = self._ids(content) if message.token_ids is None else message.token_ids
+            tokens.add([*ids, self.eos_id], target=True)
 
     def _add_text(self, tokens: _Tokens, text: str, crops, target: bool) -> None:
         first, *rest = text.split(IMAGE_PLACEHOLDER)
@@ -207,11 +232,21 @@ class Processor:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def _prompt(self, tokens: _Tokens, tiles, inference: bool) -> Prompt:
+    def _crops(self, images: Sequence[Image.Image]) -> np.ndarray:
+        return image_crops([image.size for image in images], self.geometry)
+
+    def _layout(self, tokens: _Tokens, images: Sequence, crops: np.ndarray, inference: bool) -> Layout:
         end = len(tokens.ids) - 1 if inference else len(tokens.ids)
         ids = np.array(tokens.ids[:end], np.int64)
         targets = np.where(np.array(tokens.target[:end], bool), ids, self.ignore_id)
-        return Prompt(ids, np.array(tokens.image[:end], bool), tiles.tiles, tiles.crops, targets)
+        return Layout(ids, targets, np.array(tokens.image[:end], bool), tuple(images), crops)
+
+    def _cut(self, layout: Layout) -> Prompt:
+        side = self.geometry.tile_size
+        tiles = [np.empty((0, 3, side, side), np.float32)]
+        tiles += [image_tiles(image, crop, self.geometry)
+                  for image, crop in zip(layout.images, layout.crops, strict=True)]
+        return Prompt(layout.input_ids, layout.images_seq_mask, np.concatenate(tiles), layout.crops, layout.target_ids)
 
 
 def _match_images(content: str, images: Sequence, name: str) -> None:

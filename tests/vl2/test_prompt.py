@@ -193,3 +193,12 @@ def test_a_conversation_that_the_template_forbids_is_refused(tiny: Processor, co
 def test_a_raw_prompt_with_a_wrong_number_of_images_is_refused(tiny: Processor) -> None:
     with pytest.raises(VL2Error, match="the prompt has 2 <image> and 1 images"):
         tiny.encode_text("<image><image>", [IMAGE])
+
+
+def test_an_answer_keeps_the_ids_it_was_generated_with(tiny: Processor) -> None:
+    turns = [Message("user", "hello"), Message("assistant", "<image>", token_ids=[620, 7]), Message("user", "again"),
+             Message("assistant", "")]
+    layout = tiny.lay_out(turns)
+    first = len(tiny.encode(turns[:1] + turns[-1:]).input_ids)
+    assert layout.input_ids[first:first + 3].tolist() == [620, 7, tiny.eos_id]
+    assert not layout.images_seq_mask.any() and layout.images == ()
