@@ -21,22 +21,23 @@ def rope_tables(config: LanguageConfig, position_ids: Tensor, total: int) -> tup
     """
     d = config.qk_rope_head_dim if config.use_mla else config.head_dim
     inv_freq = inverse_frequencies(config, d, total, position_ids.device)
-    angles = position_ids.to(torch.float32)[..., None] * inv_freq
+    positions = position_ids.to(torch.float32)
+    if config.rope_scaling is not None and config.rope_scaling.type == "linear":
+        positions = positions / config.rope_scaling.factor
+    angles = positions[..., None] * inv_freq
     angles = torch.cat((angles, angles), dim=-1)
     scale = table_scale(config.rope_scaling)
     return angles.cos() * scale, angles.sin() * scale
 
 
 def inverse_frequencies(config: LanguageConfig, d: int, total: int, device: torch.device | str = "cpu") -> Tensor:
-    """Radians per position of each pair, float32 [d/2]."""
+    """Radians per position of each pair, float32 [d/2]; linear scaling divides the positions instead."""
     scaling = config.rope_scaling
     theta = config.rope_theta
     if scaling is not None and scaling.type == "dynamic" and total > config.max_position_embeddings:
         stretch = scaling.factor * total / config.max_position_embeddings - (scaling.factor - 1)
         theta = theta * stretch ** (d / (d - 2))
     inv_freq = 1.0 / theta ** (torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)
-    if scaling is not None and scaling.type == "linear":
-        return inv_freq / scaling.factor
     if scaling is not None and scaling.type == "yarn":
         ramp = _yarn_ramp(scaling, d, config.rope_theta, device)
         return inv_freq / scaling.factor * ramp + inv_freq * (1 - ramp)

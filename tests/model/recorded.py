@@ -1,4 +1,4 @@
-"""What the original computed and what our model computes, side by side: the tests assert it, `parity_table` prints it."""
+"""What the original computed beside what our model computes: the tests assert it, `parity_table` prints it."""
 
 from __future__ import annotations
 
