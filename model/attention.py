@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from vl2.model.norm import RMSNorm
-from vl2.model.rope import apply_rope, deinterleave, latent_softmax_scale
 
 from vl2.config import LanguageConfig
+from vl2.model.norm import RMSNorm
+from vl2.model.rope import apply_rope, deinterleave, latent_softmax_scale
 
 _INNER_EPS = 1e-6  # the inner norms ignore rms_norm_eps (specification 8)
 

@@ -8,24 +8,26 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from vl2.model.vl2 import DeepseekVL2
 
 from vl2.config import ModelConfig, load_config
 from vl2.errors import VL2Error
+from vl2.model.vl2 import DeepseekVL2
 from vl2.safetensors_file import TensorEntry, checkpoint_entries
 
-# Rules from a parameter's name to the checkpoint's; a parameter that none matches keeps its name.
+# Rules from the start of a parameter's name to the checkpoint's; a name that none matches is kept.
 NAME_MAP: tuple[tuple[str, str], ...] = (
-    (r"language\.lm_head\.", "language.lm_head."),
-    (r"language\.", "language.model."),
+    ("language.lm_head.", "language.lm_head."),
+    ("language.", "language.model."),
 )
-# Stacked parameters: expert e of the file is row e.
-STACKED = re.compile(r"(?P<block>.*\.mlp\.experts)\.(?P<matrix>gate_proj|up_proj|down_proj)")
+# Stacked parameters: row e is the matrix of expert e.
+STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_proj|up_proj|down_proj)")
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # Selection scores are compared in float32; rounding the bias would change which experts are chosen.
 KEPT_FLOAT32 = ".e_score_correction_bias"
+
+_SAME_MODEL = "config.json and the weights must come from the same model"
 
 
 def unused_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -58,21 +60,21 @@ def parameter_sources(config: ModelConfig) -> dict[str, tuple[str, ...]]:
 
 
 def _sources(name: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+    for start, target in NAME_MAP:
+        if name.startswith(start):
+            name = target + name.removeprefix(start)
+            break
     stacked = STACKED.fullmatch(name)
-    target = next((re.sub(f"^{rule}", to, name) for rule, to in NAME_MAP if re.match(rule, name)), name)
-    if not stacked:
-        return (target,)
-    block, matrix = STACKED.fullmatch(target).group("block", "matrix")
-    return tuple(f"{block}.{e}.{matrix}.weight" for e in range(shape[0]))
+    if stacked is None:
+        return (name,)
+    return tuple(f"{stacked[1]}.{e}.{stacked[2]}.weight" for e in range(shape[0]))
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor a checkpoint of this configuration must hold, used or known as unused."""
-    shapes = parameter_shapes(config)
     expected = {}
-    for name, shape in shapes.items():
-        sources = _sources(name, shape)
-        expected |= dict.fromkeys(sources, shape if len(sources) == 1 and not STACKED.fullmatch(name) else shape[1:])
+    for name, shape in parameter_shapes(config).items():
+        expected |= dict.fromkeys(_sources(name, shape), shape[1:] if STACKED.fullmatch(name) else shape)
     return expected | unused_tensors(config)
 
 
@@ -87,14 +89,12 @@ def check_checkpoint(folder: Path | str, config: ModelConfig) -> dict[str, Tenso
     missing = [name for name in expected if name not in entries]
     if missing:
         raise VL2Error(
-            f"{folder} lacks the tensor `{missing[0]}` and {len(missing) - 1} more that its config.json asks for",
-            "config.json and the weights must come from the same model",
+            f"{folder} lacks {len(missing)} tensors that its config.json asks for, first `{missing[0]}`", _SAME_MODEL
         )
     for name, entry in entries.items():
         if name not in expected:
             raise VL2Error(
-                f"tensor `{name}` in {entry.path} is not part of the model that config.json describes",
-                "config.json and the weights must come from the same model",
+                f"tensor `{name}` in {entry.path} is not part of the model that config.json describes", _SAME_MODEL
             )
         if entry.shape != expected[name]:
             raise VL2Error(

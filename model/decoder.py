@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from vl2.config import LanguageConfig
 from vl2.model.attention import Attention, Cache, LatentAttention, Rope
 from vl2.model.moe import FeedForward, MoE
 from vl2.model.norm import RMSNorm
 from vl2.model.rope import rope_tables
-
-from vl2.config import LanguageConfig
 
 
 class DecoderLayer(nn.Module):

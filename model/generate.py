@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
 from vl2.model.attention import Cache
 from vl2.model.decoder import append_cache, positions_from_mask
 from vl2.model.vl2 import DeepseekVL2

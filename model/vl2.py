@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from vl2.config import ModelConfig
+from vl2.errors import VL2Error
 from vl2.model.attention import Cache
 from vl2.model.decoder import Decoder
 from vl2.model.merge import ImageEnds, assemble_image, place_images
 from vl2.model.projector import Projector
 from vl2.model.vision import VisionTower
-
-from vl2.config import ModelConfig
-from vl2.errors import VL2Error
 
 
 class DeepseekVL2(nn.Module):

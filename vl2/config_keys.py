@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from dataclasses import fields
@@ -49,6 +50,7 @@ BASE_KEYS: dict[str, str] = {
     "tf_legacy_loss": _TRAINING,
     "tie_encoder_decoder": "there is no encoder-decoder pair to tie",
     "cross_attention_hidden_size": "there is no cross attention",
+    "is_decoder": "the original's decoder is causal whatever this says",
     **dict.fromkeys(_GENERATION_KEYS, _GENERATION),
     **dict.fromkeys(_OUTPUT_KEYS, _OUTPUT),
     **dict.fromkeys(_NO_HEAD_KEYS, _NO_HEAD),
@@ -58,18 +60,23 @@ BASE_KEYS: dict[str, str] = {
 BASE_VALUES: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({}, None),
     "is_encoder_decoder": (False,),
-    "is_decoder": (False, True),
     "add_cross_attention": (False,),
 }
 
+_LANGUAGE_DECIDES = dict.fromkeys(
+    ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
+    "base keys of every section; the original reads those of language_config",
+)
+
 # Per section: keys without effect here, beside the base keys.
 SECTION_KEYS: dict[str, dict[str, str]] = {
-    "config": {},
+    "config": _LANGUAGE_DECIDES,
     "vision_config": {
+        **_LANGUAGE_DECIDES,
         "model_name": "names the tower; its sizes are separate keys",
         "use_checkpoint": _TRAINING,
     },
-    "projector_config": {},
+    "projector_config": _LANGUAGE_DECIDES,
     "language_config": {
         "lm_head": _EXTRA,
         "rm_head": _EXTRA,
@@ -81,7 +88,7 @@ SECTION_KEYS: dict[str, dict[str, str]] = {
 
 # Per section: keys of which one value (or a few) is supported, and nothing depends on which.
 SECTION_VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
-    "config": {"model_type": ("deepseek_vl_v2",), "tie_word_embeddings": (False, True)},
+    "config": {"model_type": ("deepseek_vl_v2",)},
     "vision_config": {
         "model_type": ("vision",),
         "class_token": (False,),
@@ -141,10 +148,11 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 def check_type(name: str, value: Any, kind: Any) -> None:
     """Raises VL2Error unless `value` is of the annotated kind: int, float, bool, str or one of them or None."""
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if bool not in kinds and isinstance(value, bool):
-        accepted = False
-    else:
-        accepted = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+    accepted = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+    if isinstance(value, bool):
+        accepted = bool in kinds
+    elif isinstance(value, float):
+        accepted = accepted and math.isfinite(value)
     if not accepted:
         expected = " or ".join("null" if k is types.NoneType else k.__name__ for k in kinds)
         raise VL2Error(f"`{name}` is {value!r}, expected {expected}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from vl2.model.generate import GreedyOptions, generate_greedy
-
 from tests.conftest import GOLDENS, MINI_CHECKPOINTS
 from tests.model.recorded import GENERATED_CASES, all_pairs, case_inputs, load_mini
 from tests.tolerances import max_difference
+from vl2.model.generate import GreedyOptions, generate_greedy
 
 
 def rows() -> dict[str, dict[str, float]]:

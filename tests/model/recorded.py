@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from tests.conftest import GOLDENS
+from tests.tolerances import FEATURES, LOGITS, ROUTER_MARGIN, ROUTER_WEIGHTS, Bound
 from vl2.model.checkpoint import load_model
 from vl2.model.decoder import positions_from_mask
 from vl2.model.moe import MoE, Routing
 from vl2.model.vl2 import DeepseekVL2
-
-from tests.conftest import GOLDENS
-from tests.tolerances import FEATURES, LOGITS, ROUTER_MARGIN, ROUTER_WEIGHTS, Bound
 
 CASES = ("one", "text", "tiled", "two", "batch")
 GENERATED_CASES = ("one", "text", "tiled", "batch")

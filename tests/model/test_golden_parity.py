@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import torch
-from vl2.model.generate import GreedyOptions, generate_greedy, prefill
 
 from tests.model.recorded import (
     CASES,
@@ -25,6 +24,7 @@ from tests.model.recorded import (
     vision_pairs,
 )
 from tests.tolerances import LOGITS, assert_close
+from vl2.model.generate import GreedyOptions, generate_greedy, prefill
 
 each_case = pytest.mark.parametrize("case", CASES)
 
