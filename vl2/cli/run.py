@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from vl2.cli.options import debug_option, generation_options, json_option, to_generation_options
+from vl2.errors import VL2Error
 
 
 @click.command("run")
@@ -23,9 +24,12 @@ def command(bundle: Path, prompt: str, images: tuple[Path, ...], draw: Path | No
     """Answer one question about images from BUNDLE."""
     from vl2.runtime import open_bundle
 
+    if draw is not None and not images:
+        raise click.UsageError("--draw needs an --image to draw on.")
+    options = to_generation_options(generation)
     model = open_bundle(bundle)
     click.echo(f"backend: {model.backend}", err=True)
-    answer = answer_streamed(model, prompt, images, to_generation_options(generation), echo=not as_json)
+    answer = answer_streamed(model, prompt, images, options, echo=not as_json)
     if as_json:
         click.echo(json.dumps(answer.to_dict(), ensure_ascii=False))
     report_boxes(answer)
@@ -51,12 +55,13 @@ def report_boxes(answer: Any) -> None:
 
 
 def draw_boxes(answer: Any, images: tuple[Path, ...], target: Path) -> None:
-    """Writes the last image with the boxes of the answer, as the original draws them."""
-    from vl2.errors import VL2Error
+    """Writes the last image with the boxes of the answer, which is the one the original draws them on."""
+    from vl2.image import load_image
     from vl2.runtime.grounding import draw
-    from vl2.vl2_image_open import load_image  # replaced below
 
-    if not images:
-        raise VL2Error("--draw needs an image to draw on, and the question has none", hint="add --image FILE")
-    draw(load_image(images[-1]), answer.boxes).save(target)
+    try:
+        draw(load_image(images[-1]), answer.boxes).save(target)
+    except (OSError, ValueError) as error:
+        raise VL2Error(f"the drawn boxes cannot be written to `{target}`: {error}",
+                       hint="give a file name that ends in .png or .jpg, in a folder that you may write to") from error
     click.echo(f"{len(answer.boxes)} boxes drawn: {target}", err=True)
