@@ -1,0 +1,102 @@
+"""Opening a bundle: every check that can fail comes before the first weight is read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from vl2.errors import VL2Error
+from vl2.manifest import Manifest, Port, check_files, check_sizes, read_manifest
+from vl2.prompt import Processor
+from vl2.runtime.embeddings import Embeddings
+from vl2.runtime.engine import Engine
+from vl2.runtime.memory import require_memory
+from vl2.runtime.model import Model
+from vl2.runtime.options import BundleOptions
+from vl2.runtime.ort import OrtBackend
+
+_REMEDY = "export the bundle again"
+
+
+def open_bundle(path: str | os.PathLike, options: BundleOptions | None = None) -> Model:
+    """The model in a bundle folder, ready to be asked; weights are read when they are needed.
+
+    Raises VL2Error when a file is missing or changed, the schema is newer, files contradict each other, the weights
+    need more memory than there is, or the wanted device cannot be had.
+    """
+    folder, options = Path(path), options or BundleOptions()
+    manifest = read_manifest(folder)
+    check_sizes(folder, manifest)
+    check_ports(manifest)
+    if options.check_memory:
+        require_memory(weight_bytes(manifest), f"the weights of {folder}")
+    if options.check_hashes:
+        check_files(folder, manifest, options.progress)
+    processor = Processor.from_folder(folder)
+    check_processor(manifest, processor, folder)
+    return Model(Engine(manifest, processor, Embeddings(folder, manifest), OrtBackend(folder, manifest, options)))
+
+
+def weight_bytes(manifest: Manifest) -> int:
+    """What the graphs' weights take; the embedding table is left out, of it only single rows are read."""
+    return sum(manifest.files[graph.data_file].size_bytes for graph in manifest.graphs.values())
+
+
+def check_ports(manifest: Manifest) -> None:
+    """Raises VL2Error unless the graphs have the inputs and outputs that this runtime binds."""
+    image, language = manifest.image, manifest.language
+    side, hidden = image.tile_size, language.hidden_size
+    expected = {
+        ("vision", "inputs"): {"tiles": ("float32", (None, 3, side, side))},
+        ("vision", "outputs"): {"image_features": ("float32", (None, image.tokens_per_side ** 2, hidden))},
+        ("decoder", "inputs"): {"inputs_embeds": ("float32", (None, None, hidden)),
+                                "position_ids": ("int64", (None, None)), "attention_mask": ("bool", (None, None))},
+        ("decoder", "outputs"): {"logits": ("float32", (None, language.vocab_size))},
+    }
+    for (graph, way), ports in expected.items():
+        if graph not in manifest.graphs:
+            raise VL2Error(f"the manifest lists no graph {graph!r}", _REMEDY)
+        found = {port.name: port for port in getattr(manifest.graphs[graph], way)}
+        cache = {name for pair in manifest.graphs[graph].cache for name in (pair.past, pair.new)}
+        if found.keys() - cache != ports.keys():
+            raise VL2Error(f"the {way} of the graph {graph} are {sorted(found.keys() - cache)}, "
+                           f"expected {sorted(ports)}", _REMEDY)
+        for name, (dtype, shape) in ports.items():
+            _check_port(found[name], dtype, shape)
+    _check_cache(manifest)
+
+
+def _check_port(port: Port, dtype: str, shape: tuple[int | None, ...]) -> None:
+    """None in `shape` stands for a dynamic side."""
+    found = tuple(None if isinstance(side, str) else side for side in port.shape)
+    if (port.dtype, found) != (dtype, shape):
+        raise VL2Error(f"the port {port.name} is {port.dtype} {list(port.shape)}, "
+                       f"expected {dtype} {['any' if side is None else side for side in shape]}", _REMEDY)
+
+
+def _check_cache(manifest: Manifest) -> None:
+    graph = manifest.graphs["decoder"]
+    inputs, outputs = ({port.name: port for port in ports} for ports in (graph.inputs, graph.outputs))
+    if not graph.cache:
+        raise VL2Error("the decoder has no cache ports", _REMEDY)
+    for pair in graph.cache:
+        past, new = inputs[pair.past], outputs[pair.new]
+        fixed = past.shape[2:]
+        if len(past.shape) < 3 or not all(isinstance(side, int) for side in fixed):
+            raise VL2Error(f"the port {past.name} is {list(past.shape)}, expected [batch, past, fixed …]", _REMEDY)
+        _check_port(new, past.dtype, (None, None, *fixed))
+
+
+def check_processor(manifest: Manifest, processor: Processor, folder: Path) -> None:
+    """Raises VL2Error when processor and tokenizer files contradict the manifest."""
+    tokens = {name: getattr(processor.special, name) for name in ("bos_id", "eos_id", "pad_id", "image_id")}
+    facts = (("image geometry", processor.geometry, manifest.image.geometry),
+             ("tokens per side", processor.geometry.tokens_per_side, manifest.image.tokens_per_side),
+             *((name, found, getattr(manifest.tokens, name)) for name, found in tokens.items()))
+    for name, found, expected in facts:
+        if found != expected:
+            raise VL2Error(f"{folder}: {name} is {found} in the processor's files, {expected} in the manifest", _REMEDY)
+    largest = max(processor.tokenizer.get_vocab(with_added_tokens=True).values())
+    if largest >= manifest.language.vocab_size:
+        raise VL2Error(f"{folder}: the tokenizer has id {largest}, the model {manifest.language.vocab_size} ids",
+                       "the tokenizer belongs to another model; copy the right one and export again")

@@ -1,0 +1,82 @@
+"""An opened bundle, and what one conversation has computed with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from vl2.manifest import Manifest
+from vl2.prompt import Processor
+from vl2.runtime.backend import Backend
+from vl2.runtime.detokenize import TokenBytes
+from vl2.runtime.embeddings import Embeddings
+from vl2.runtime.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An opened bundle, without any state of a conversation."""
+
+    manifest: Manifest
+    processor: Processor
+    embeddings: Embeddings
+    backend: Backend
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """Text of tokens, where bos, eos and pad stand for none; grounding tokens stay, callers parse them."""
+        special = self.processor.special
+        return TokenBytes(self.processor.tokenizer, (special.bos_id, special.eos_id, special.pad_id))
+
+
+class Context:
+    """What the cache of one conversation holds: a value a position, and the entries themselves.
+
+    The value is the token id, or for a position of an image a negative number made from its pixels and crop.
+    turn: counts the answers begun, so that a stream can tell that another one has taken over.
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._cache = KVCache(engine.manifest.graphs["decoder"])
+        self._contents: list[int] = []
+        self.turn = 0
+
+    def keep_common(self, contents: np.ndarray) -> int:
+        """How many positions of `contents` int64 [T] are kept: all before the first that differs, at most T - 1."""
+        held = np.array(self._contents[:len(contents) - 1], np.int64)
+        differs = np.flatnonzero(held != contents[:len(held)])
+        kept = int(differs[0]) if len(differs) else len(held)
+        self._cache.truncate(kept)
+        del self._contents[kept:]
+        return kept
+
+    def prefill(self, contents: np.ndarray, embeds: np.ndarray, chunk: int) -> np.ndarray:
+        """float32 [V] logits of the last position, after adding `contents` int64 [t] with `embeds` float32 [t, H]."""
+        # Room for the first answer tokens too: growing right after a long prefill would copy all of it.
+        self._cache.reserve(self._cache.length + len(embeds) + min(len(embeds), 64))
+        for start in range(0, len(embeds), chunk):
+            logits = self._extend(contents[start:start + chunk].tolist(), embeds[start:start + chunk])
+        return logits
+
+    def decode_step(self, token: int) -> np.ndarray:
+        """float32 [V] logits after one more token."""
+        self._cache.reserve(self._cache.length + 1)
+        return self._extend([token], self._engine.embeddings.lookup(np.array([token])))
+
+    def _extend(self, contents: list[int], embeds: np.ndarray) -> np.ndarray:
+        cache, tokens = self._cache, len(embeds)
+        total = cache.length + tokens
+        feeds = {
+            "inputs_embeds": embeds[None],
+            "position_ids": np.arange(cache.length, total, dtype=np.int64)[None],
+            "attention_mask": np.ones((1, total), bool),
+            **cache.past(),
+        }
+        logits = np.empty((1, self._engine.manifest.language.vocab_size), np.float32)
+        self._engine.backend.run("decoder", feeds, {"logits": logits, **cache.room(tokens)})
+        cache.append(tokens)
+        self._contents += contents
+        return logits[0]

@@ -1,0 +1,66 @@
+"""What a user can choose when opening a bundle and when generating."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from vl2.errors import VL2Error
+from vl2.file_hashes import Progress
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class BundleOptions:
+    """How a bundle is opened.
+
+    device: "auto" takes CUDA where onnxruntime-gpu is installed and works, else the CPU. threads: None is one a
+    physical core that this process may use. check_hashes: False checks sizes only. check_memory: False opens a bundle
+    whose weights are larger than the available memory. progress: gets (stage, bytes done, bytes in all).
+    """
+
+    device: str = "auto"
+    threads: int | None = None
+    check_hashes: bool = True
+    check_memory: bool = True
+    progress: Progress | None = None
+
+    def __post_init__(self):
+        _expect(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
+        _expect(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How an answer is generated; the defaults are greedy, as the original's README examples.
+
+    The original's inference.py samples with temperature 0.4, top_p 0.9, repetition_penalty 1.1.
+    repetition_penalty: over prompt and answer. stop: the answer ends before the first of these strings.
+    seed: None draws another one each time. ignore_eos: goes on after the end token, for measurements.
+    prefill_chunk: prompt tokens taken at once; less needs less memory.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    ignore_eos: bool = False
+    prefill_chunk: int = 512
+
+    def __post_init__(self):
+        _expect(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        _expect(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or more")
+        _expect(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0, at most 1")
+        _expect(0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "more than 0")
+        _expect(not isinstance(self.stop, str), "stop", self.stop, "a tuple of strings")
+        _expect(all(self.stop), "stop", self.stop, "strings that are not empty")
+        _expect(self.seed is None or self.seed >= 0, "seed", self.seed, "0 or more")
+        _expect(self.prefill_chunk >= 1, "prefill_chunk", self.prefill_chunk, "at least 1")
+
+
+def _expect(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise VL2Error(f"{name} is {value!r}, expected {expected}")

@@ -1,0 +1,105 @@
+"""The onnxruntime backend: memory-mapped weights, results written straight into the caller's arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vl2.errors import VL2Error
+from vl2.manifest import Graph, Manifest
+from vl2.runtime.backend import Arrays
+from vl2.runtime.cores import physical_cores
+from vl2.runtime.options import BundleOptions
+from vl2.runtime.providers import CPU, CUDA, choose, installed_packages
+
+_DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(bool)": "bool", "tensor(float16)": "float16"}
+_CONFIG = {
+    # A packed copy of the weights would take their size again, on top of the map.
+    "session.disable_prepacking": "1",
+    # Threads spin for speed while a graph runs and rest as soon as it is done.
+    "session.force_spinning_stop": "1",
+}
+_ERRORS_ONLY = 3
+
+
+class OrtBackend:
+    """Runs a bundle's graphs with onnxruntime; each is loaded on its first run.
+
+    description: the processor, its threads and the version, in one line.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, options: BundleOptions):
+        import onnxruntime
+
+        self._ort, self._folder, self._graphs = onnxruntime, folder, manifest.graphs
+        self._device = options.device
+        self._threads = options.threads or physical_cores()
+        self._choice = choose(options.device, onnxruntime.get_available_providers(), installed_packages())
+        if CUDA in self._choice.providers and hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()
+        self._sessions: dict[str, Any] = {}
+
+    @property
+    def description(self) -> str:
+        """Where graphs run; it loads the decoder, because only then is it known whether CUDA works."""
+        provider = self._session("decoder").get_providers()[0]
+        name = f"onnxruntime {self._ort.__version__}"
+        if provider == CUDA:
+            return f"CUDA, {name}"
+        note = f" ({self._choice.note})" if self._choice.note else ""
+        return f"CPU, {self._threads} threads, {name}{note}"
+
+    def run(self, graph: str, feeds: Arrays, results: Arrays) -> None:
+        """As Backend.run; arrays are bound, not copied."""
+        session = self._session(graph)
+        binding = session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        for name, array in results.items():
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # as in _load
+            raise VL2Error(f"onnxruntime failed in the graph {graph}: {error}",
+                           "if it is memory, end other programs or give a smaller prefill chunk") from error
+
+    def _session(self, name: str) -> Any:
+        if name not in self._sessions:
+            self._sessions[name] = self._load(self._graphs[name])
+        return self._sessions[name]
+
+    def _load(self, graph: Graph) -> Any:
+        path = self._folder / graph.file
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _ERRORS_ONLY
+        options.enable_mem_pattern = False
+        for key, value in _CONFIG.items():
+            options.add_session_config_entry(key, value)
+        try:
+            session = self._ort.InferenceSession(str(path), options, providers=list(self._choice.providers))
+        except Exception as error:  # onnxruntime's exceptions share no base class but Exception
+            raise VL2Error(f"onnxruntime {self._ort.__version__} cannot load {path}: {error}",
+                           "update onnxruntime, or export the bundle again") from error
+        self._check_device(session)
+        _check_ports(session.get_inputs(), graph.inputs, path)
+        _check_ports(session.get_outputs(), graph.outputs, path)
+        return session
+
+    def _check_device(self, session: Any) -> None:
+        """onnxruntime goes over to the CPU where the CUDA libraries do not load; that must not go unsaid."""
+        if CUDA in self._choice.providers and session.get_providers()[0] == CPU:
+            reason = "onnxruntime-gpu found no working CUDA and cuDNN libraries"
+            if self._device == "cuda":
+                raise VL2Error(f"CUDA was asked for, but {reason}", "pip install 'onnxruntime-gpu[cuda,cudnn]'")
+            self._choice = type(self._choice)((CPU,), f"not CUDA: {reason}")
+
+
+def _check_ports(found: list, expected: tuple, path: Path) -> None:
+    got = {port.name: (_DTYPES.get(port.type, port.type), len(port.shape)) for port in found}
+    want = {port.name: (port.dtype, len(port.shape)) for port in expected}
+    if got != want:
+        names = sorted(name for name in got.keys() | want.keys() if got.get(name) != want.get(name))
+        raise VL2Error(f"{path}: {names[0]} is {got.get(names[0])} in the graph, {want.get(names[0])} in the manifest",
+                       "graph and manifest belong to different exports; export the bundle again")

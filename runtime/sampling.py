@@ -1,0 +1,67 @@
+"""Choosing the next token: repetition penalty, then temperature, then top-p, as the original's generate."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vl2.runtime.options import GenerationOptions
+
+# Probabilities below this share of the largest are looked at only when the others do not reach top_p.
+_UNLIKELY = 1e-4
+
+
+class Sampler:
+    """Draws tokens for one answer. Logits are float32 [V] and are changed in place."""
+
+    def __init__(self, options: GenerationOptions, prompt_ids: np.ndarray, vocab_size: int):
+        self._options = options
+        self._random = np.random.default_rng(options.seed)
+        self._seen = np.zeros(vocab_size, bool)
+        self._seen[prompt_ids] = True
+
+    def draw(self, logits: np.ndarray) -> int:
+        """The id of the next token, which from then on counts as seen."""
+        options = self._options
+        if options.repetition_penalty != 1.0:
+            penalise_repetition(logits, self._seen, options.repetition_penalty)
+        if options.temperature == 0.0:
+            token = int(np.argmax(logits))
+        else:
+            token = self._sample(logits)
+        self._seen[token] = True
+        return token
+
+    def _sample(self, logits: np.ndarray) -> int:
+        weights = np.exp((logits - logits.max()) / np.float32(self._options.temperature), dtype=np.float32)
+        tokens, shares = nucleus(weights.astype(np.float64) / weights.sum(dtype=np.float64), self._options.top_p)
+        cumulative = np.cumsum(shares)
+        position = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
+        return int(tokens[min(position, len(tokens) - 1)])
+
+
+def penalise_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) -> None:
+    """Divides the positive logits of seen tokens by the penalty and multiplies the others by it, in place.
+
+    logits: float32 [V]; seen: bool [V], prompt and answer. Source: spec 11.
+    """
+    ids = np.flatnonzero(seen)
+    values = logits[ids]
+    factor = np.float32(penalty)
+    logits[ids] = np.where(values > 0, values / factor, values * factor)
+
+
+def nucleus(probabilities: np.ndarray, top_p: float) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, probabilities) of the smallest set of likeliest tokens that reaches `top_p`, likeliest first.
+
+    With `top_p` 1 these are all tokens, in their own order.
+    """
+    if top_p == 1.0:
+        return np.arange(len(probabilities)), probabilities
+    likely = np.flatnonzero(probabilities >= probabilities.max() * _UNLIKELY)
+    if probabilities[likely].sum() < top_p:
+        likely = np.flatnonzero(probabilities)
+    ids = likely[np.argsort(-probabilities[likely], kind="stable")]
+    shares = probabilities[ids]
+    before = np.cumsum(shares) - shares
+    kept = max(1, int(np.searchsorted(before, top_p, side="left")))
+    return ids[:kept], shares[:kept]
