@@ -30,8 +30,6 @@ BFLOAT16_STEP = Bound(1e-6, 2**-7)
 # Between two forms of the same float32 computation (absorbed and naive, chunked and whole, batch and single): both are
 # within 1.5e-5 of float64, logits have a standard deviation of about 2.
 SAME_LOGITS = Bound(5e-5, 1e-5)
-# Modules in float64: only the order of sums differs.
-FLOAT64 = Bound(1e-10, 1e-10)
 
 
 def max_difference(got: object, want: object) -> float:

@@ -30,20 +30,26 @@ def changed(variant: str, path: str, value: Any) -> dict[str, Any]:
 
 # Specification, section 1.2.
 EFFECTIVE = {
-    "tiny": dict(hidden_size=1280, num_hidden_layers=12, num_attention_heads=10, kv_heads=10, use_mla=False,
-                 head_dim=128, kv_lora_rank=None, intermediate_size=6848, moe_intermediate_size=896, n_routed_experts=64,
-                 num_experts_per_tok=6, scoring_func="softmax", topk_method="greedy", norm_topk_prob=False,
-                 routed_scaling_factor=1.0, vocab_size=129280, bos_token_id=0, eos_token_id=1),
-    "small": dict(hidden_size=2048, num_hidden_layers=27, num_attention_heads=16, use_mla=True, head_dim=192,
-                  kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, intermediate_size=10944,
-                  moe_intermediate_size=1408, n_routed_experts=64, num_experts_per_tok=6, scoring_func="softmax",
-                  topk_method="greedy", norm_topk_prob=False, routed_scaling_factor=1.0, vocab_size=102400,
-                  bos_token_id=100000, eos_token_id=100001),
-    "base": dict(hidden_size=2560, num_hidden_layers=30, num_attention_heads=32, use_mla=True, head_dim=192,
-                 kv_lora_rank=512, intermediate_size=12288, moe_intermediate_size=1536, n_routed_experts=72,
-                 num_experts_per_tok=6, scoring_func="sigmoid", topk_method="noaux_tc", norm_topk_prob=True,
-                 routed_scaling_factor=2.0, vocab_size=129280, bos_token_id=0, eos_token_id=1),
-}  # fmt: skip
+    "tiny": dict(
+        hidden_size=1280, num_hidden_layers=12, num_attention_heads=10, kv_heads=10, use_mla=False, head_dim=128,
+        kv_lora_rank=None, intermediate_size=6848, moe_intermediate_size=896, n_routed_experts=64,
+        num_experts_per_tok=6, scoring_func="softmax", topk_method="greedy", norm_topk_prob=False,
+        routed_scaling_factor=1.0, vocab_size=129280, bos_token_id=0, eos_token_id=1,
+    ),
+    "small": dict(
+        hidden_size=2048, num_hidden_layers=27, num_attention_heads=16, use_mla=True, head_dim=192, kv_lora_rank=512,
+        qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, intermediate_size=10944,
+        moe_intermediate_size=1408, n_routed_experts=64, num_experts_per_tok=6, scoring_func="softmax",
+        topk_method="greedy", norm_topk_prob=False, routed_scaling_factor=1.0, vocab_size=102400, bos_token_id=100000,
+        eos_token_id=100001,
+    ),
+    "base": dict(
+        hidden_size=2560, num_hidden_layers=30, num_attention_heads=32, use_mla=True, head_dim=192, kv_lora_rank=512,
+        intermediate_size=12288, moe_intermediate_size=1536, n_routed_experts=72, num_experts_per_tok=6,
+        scoring_func="sigmoid", topk_method="noaux_tc", norm_topk_prob=True, routed_scaling_factor=2.0,
+        vocab_size=129280, bos_token_id=0, eos_token_id=1,
+    ),
+}
 COMMON = dict(q_lora_rank=None, n_shared_experts=2, first_k_dense_replace=1, moe_layer_freq=1, rms_norm_eps=1e-6,
               rope_theta=10000.0, rope_scaling=None, attention_bias=False, max_position_embeddings=4096)  # fmt: skip
 
