@@ -29,7 +29,7 @@ def open_bundle(path: str | os.PathLike, options: BundleOptions | None = None) -
     check_sizes(folder, manifest)
     check_ports(manifest)
     if options.check_memory:
-        require_memory(weight_bytes(manifest), f"the weights of {folder}")
+        require_memory(weight_bytes(manifest), f"loading the weights of {folder}")
     if options.check_hashes:
         check_files(folder, manifest, options.progress)
     processor = Processor.from_folder(folder)

@@ -6,8 +6,9 @@ import math
 import os
 from pathlib import Path
 
+from vl2.runtime import cgroup
+
 _CPUS = Path("/sys/devices/system/cpu")
-_QUOTA_FILES = (Path("/sys/fs/cgroup/cpu.max"),)
 
 
 def physical_cores() -> int:
@@ -26,11 +27,12 @@ def _siblings(cpu: int) -> str:
 
 
 def _quota() -> float:
-    for path in _QUOTA_FILES:
+    quota = math.inf
+    for folder in cgroup.folders():
         try:
-            limit, period = path.read_text().split()
+            limit, period = (folder / "cpu.max").read_text().split()
         except (OSError, ValueError):
             continue
         if limit != "max":
-            return math.ceil(int(limit) / int(period))
-    return math.inf
+            quota = min(quota, math.ceil(int(limit) / int(period)))
+    return quota

@@ -87,6 +87,6 @@ def held_back(text: str, stop: Sequence[str]) -> int:
     """Length of the longest end of `text` that begins one of the stop strings."""
     longest = max((len(string) - 1 for string in stop), default=0)
     for length in range(min(longest, len(text)), 0, -1):
-        if any(string.startswith(text[-length:]) for string in stop):
+        if any(len(string) > length and string.startswith(text[-length:]) for string in stop):
             return length
     return 0

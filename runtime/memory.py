@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 
 from vl2.errors import VL2Error
+from vl2.runtime import cgroup
 
 _MEMINFO = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def require_memory(needed_bytes: int, what: str) -> None:
@@ -37,16 +37,17 @@ def _system_available() -> float:
 
 
 def _cgroup_available() -> float:
-    """Limit less use, where file pages count as free because the kernel drops them when asked."""
-    for limit, used, cached in (("memory.max", "memory.current", "file"),
-                                ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_cache")):
+    """Limit less use, the least of all groups; file pages count as free because the kernel drops them when asked."""
+    groups = [(folder, "memory.max", "memory.current", "file") for folder in cgroup.folders()]
+    groups.append((cgroup.ROOT / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"))
+    available = math.inf
+    for folder, limit, used, cached in groups:
         try:
-            most, taken = (int((_CGROUP / name).read_text()) for name in (limit, used))
+            most, taken = (int((folder / name).read_text()) for name in (limit, used))
         except (OSError, ValueError):
             continue
-        stat = _key_values((_CGROUP / limit).parent / "memory.stat", None)
-        return most - taken + stat.get(cached, 0)
-    return math.inf
+        available = min(available, most - taken + _key_values(folder / "memory.stat", None).get(cached, 0))
+    return available
 
 
 def peak_rss_bytes() -> int:
