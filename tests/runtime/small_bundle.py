@@ -36,6 +36,7 @@ from vl2.runtime.engine import Engine
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 HIDDEN, VOCAB, SIDE, PATCH, LIMIT = 16, 640, 32, 4, 700
+RATE, GAIN = np.float32(0.03125), np.float32(0.25)
 RESOLUTIONS = ((32, 32), (64, 32), (32, 64), (64, 64))
 WEIGHTS = np.random.default_rng(7)
 W_VISION = WEIGHTS.normal(size=(3 * (SIDE // 4) ** 2, HIDDEN)).astype(np.float32)
@@ -66,8 +67,8 @@ class NumpyBackend:
         results["new_value.0"][:] = positions[:, :, None, None].astype(np.float32)
         keys = np.concatenate([feeds["past_key.0"], results["new_key.0"]], axis=1)[:, :, 0]
         at = np.concatenate([feeds["past_value.0"], results["new_value.0"]], axis=1)[:, :, 0]
-        weights = np.exp((at - at[:, -1:]) * 0.125) * feeds["attention_mask"][:, :, None]
-        results["logits"][:] = np.tanh((keys * weights).sum(axis=1)) @ W_HEAD
+        weights = np.exp((at - at[:, -1:]) * RATE) * feeds["attention_mask"][:, :, None]
+        results["logits"][:] = np.tanh((keys * weights).sum(axis=1) * GAIN) @ W_HEAD
 
 
 def vision_graph() -> onnx.GraphProto:
@@ -102,11 +103,13 @@ def decoder_graph() -> onnx.GraphProto:
         helper.make_node("Mul", ["decay", "visible3"], ["weights"]),
         helper.make_node("Mul", ["keys", "weights"], ["weighted"]),
         helper.make_node("ReduceSum", ["weighted", "one"], ["mixed"], keepdims=0),
-        helper.make_node("Tanh", ["mixed"], ["squashed"]),
+        helper.make_node("Mul", ["mixed", "gain"], ["scaled"]),
+        helper.make_node("Tanh", ["scaled"], ["squashed"]),
         helper.make_node("MatMul", ["squashed", "w_head"], ["logits"]),
     ]
     constants = {"two": np.array([2]), "two_three": np.array([2, 3]), "one": np.array([1]),
-                 "minus_one": np.array([-1]), "end": np.array([2 ** 62]), "rate": np.float32(0.125), "w_head": W_HEAD}
+                 "minus_one": np.array([-1]), "end": np.array([2 ** 62]),
+                 "rate": RATE, "gain": GAIN, "w_head": W_HEAD}
     cache = [("past_key.0", TensorProto.FLOAT, ["batch", "past", 1, HIDDEN]),
              ("past_value.0", TensorProto.FLOAT, ["batch", "past", 1, 1])]
     inputs = [("inputs_embeds", TensorProto.FLOAT, ["batch", "tokens", HIDDEN]),
