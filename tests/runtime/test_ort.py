@@ -1,0 +1,99 @@
+"""The onnxruntime backend against the same graphs in NumPy."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.runtime.small_bundle import HIDDEN, SIDE, VOCAB, NumpyBackend, numpy_model_of
+from vl2.errors import VL2Error
+from vl2.manifest import read_manifest
+from vl2.runtime import BundleOptions, GenerationOptions, open_bundle
+from vl2.runtime.ort import OrtBackend
+
+# Two orders of summing some hundred float32 numbers of size one.
+CLOSE = dict(rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def backend(shared_bundle: Path) -> OrtBackend:
+    return OrtBackend(shared_bundle, read_manifest(shared_bundle), BundleOptions(device="cpu", threads=1))
+
+
+def decoder_arrays(past: int, tokens: int) -> tuple[dict, dict]:
+    random = np.random.default_rng(past * 100 + tokens)
+    buffer = random.normal(size=(1, past + tokens, 1, HIDDEN)).astype(np.float32)
+    places = np.zeros((1, past + tokens, 1, 1), np.float32)
+    places[0, :past, 0, 0] = np.arange(past)
+    feeds = {"inputs_embeds": random.normal(size=(1, tokens, HIDDEN)).astype(np.float32),
+             "position_ids": np.arange(past, past + tokens)[None], "attention_mask": np.ones((1, past + tokens), bool),
+             "past_key.0": buffer[:, :past], "past_value.0": places[:, :past]}
+    results = {"logits": np.zeros((1, VOCAB), np.float32),
+               "new_key.0": buffer[:, past:], "new_value.0": places[:, past:]}
+    return feeds, results
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 70), st.integers(1, 40))
+def test_the_decoder_equals_numpy_for_every_past_and_length(shared_bundle: Path, past: int, tokens: int) -> None:
+    backend = OrtBackend(shared_bundle, read_manifest(shared_bundle), BundleOptions(device="cpu", threads=1))
+    feeds, results = decoder_arrays(past, tokens)
+    expected = {name: np.zeros_like(array) for name, array in results.items()}
+    NumpyBackend().run("decoder", feeds, expected)
+    before = {name: array.copy() for name, array in feeds.items()}
+    backend.run("decoder", feeds, results)
+    for name, array in expected.items():
+        np.testing.assert_allclose(results[name], array, **CLOSE)
+    for name, array in before.items():
+        np.testing.assert_array_equal(feeds[name], array)
+
+
+def test_the_vision_graph_equals_numpy_and_writes_into_a_part_of_an_array(backend: OrtBackend) -> None:
+    tiles = np.random.default_rng(0).normal(size=(3, 3, SIDE, SIDE)).astype(np.float32)
+    found, expected = (np.zeros((5, 16, HIDDEN), np.float32) for _ in range(2))
+    backend.run("vision", {"tiles": tiles}, {"image_features": found[1:4]})
+    NumpyBackend().run("vision", {"tiles": tiles}, {"image_features": expected[1:4]})
+    np.testing.assert_allclose(found, expected, **CLOSE)
+    assert not found[[0, 4]].any()
+
+
+def test_an_answer_equals_the_one_on_numpy(shared_bundle: Path) -> None:
+    images, options = [Image.effect_noise((60, 40), 90)], GenerationOptions(40, ignore_eos=True, prefill_chunk=50)
+    onnx, plain = (model.ask("What is shown?", images, options)
+                   for model in (open_bundle(shared_bundle), numpy_model_of(shared_bundle)))
+    assert onnx.token_ids == plain.token_ids and onnx.text == plain.text
+
+
+def test_the_description_is_one_line_with_device_and_threads(backend: OrtBackend) -> None:
+    assert backend.description.startswith("CPU, 1 threads, onnxruntime ")
+    assert "\n" not in backend.description
+
+
+def test_a_broken_graph_is_an_error_of_the_user(bundle: Path) -> None:
+    (bundle / "decoder.onnx").write_bytes(b"nonsense")
+    backend = OrtBackend(bundle, read_manifest(bundle), BundleOptions(device="cpu"))
+    with pytest.raises(VL2Error, match=r"onnxruntime .* cannot load .*decoder\.onnx") as error:
+        _ = backend.description
+    assert error.value.hint
+
+
+def test_a_graph_that_differs_from_its_manifest_is_refused(bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    content = json.loads(path.read_text())
+    content["graphs"]["decoder"]["inputs"][3]["name"] = "past_keys.0"
+    content["graphs"]["decoder"]["cache"][0]["past"] = "past_keys.0"
+    path.write_text(json.dumps(content))
+    with pytest.raises(VL2Error, match=r"past_key\.0 is \('float32', 4\) in the graph, None in the manifest"):
+        _ = OrtBackend(bundle, read_manifest(bundle), BundleOptions(device="cpu")).description
+
+
+def test_a_failing_run_is_an_error_of_the_user(backend: OrtBackend) -> None:
+    feeds, results = decoder_arrays(4, 2)
+    feeds["attention_mask"] = np.ones((1, 5), bool)
+    with pytest.raises(VL2Error, match="onnxruntime failed in the graph decoder") as error:
+        backend.run("decoder", feeds, results)
+    assert error.value.hint
