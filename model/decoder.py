@@ -55,6 +55,7 @@ class Decoder(nn.Module):
         mask = additive_mask(attention_mask, inputs_embeds.shape[1], inputs_embeds.dtype)
         rope = rope_tables(self.config, position_ids, total)
         width = len(self.layers[0].self_attn.cache_names)
+        assert len(past) in (0, width * len(self.layers)), f"{len(past)} cache tensors for {len(self.layers)} layers"
         x, new = inputs_embeds, []
         for l, layer in enumerate(self.layers):
             x, entries = layer(x, mask, rope, past[l * width : (l + 1) * width])
@@ -70,10 +71,11 @@ class Decoder(nn.Module):
         return tuple(f"{name}.{l}" for l, layer in enumerate(self.layers) for name in layer.self_attn.cache_names)
 
     def empty_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> Cache:
-        """A past of no tokens (P = 0)."""
+        """A past of no tokens (P = 0), on the model's device."""
         c = self.config
         shape = (batch, 0, c.kv_lora_rank + c.qk_rope_head_dim) if c.use_mla else (batch, 0, c.kv_heads, c.head_dim)
-        return tuple(torch.zeros(shape, dtype=dtype) for _ in self.cache_names())
+        device = self.norm.weight.device
+        return tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in self.cache_names())
 
     def use_absorbed(self, absorbed: bool) -> None:
         """Chooses the form of every latent attention: absorbed (the default) or naive. No effect on plain attention."""

@@ -39,7 +39,7 @@ def generate_greedy(
     inputs_embeds: [B, T, H], images merged in; attention_mask: [B, T] bool, false at left padding.
     """
     logits, cache = prefill(model, inputs_embeds, attention_mask, options.prefill_chunk)
-    seen = torch.zeros(logits.shape, dtype=torch.bool)
+    seen = torch.zeros_like(logits, dtype=torch.bool)
     if options.penalised_ids is not None:
         seen.scatter_(1, options.penalised_ids, True)
     ids, steps = [], []

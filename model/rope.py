@@ -17,7 +17,8 @@ from vl2.config import LanguageConfig, RopeScaling
 def rope_tables(config: LanguageConfig, position_ids: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """cos and sin, each float32 [B, T, d] with the d/2 angles twice.
 
-    position_ids: [B, T] int64. total: keys in sight; only dynamic scaling reads it.
+    position_ids: [B, T] int64. total: keys in sight; only dynamic scaling reads it. With that, keys cached at a shorter
+    length keep their angles, as in the original, so decoding beyond the limit is not one long prefill.
     """
     d = config.qk_rope_head_dim if config.use_mla else config.head_dim
     inv_freq = inverse_frequencies(config, d, total, position_ids.device)

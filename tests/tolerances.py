@@ -31,6 +31,10 @@ BFLOAT16_STEP = Bound(1e-6, 2**-7)
 # within 1.5e-5 of float64, logits have a standard deviation of about 2.
 SAME_LOGITS = Bound(5e-5, 1e-5)
 
+# Cosine of the logits of a run in bfloat16 or float16 with the recorded float32 ones. Rounding alone costs 1e-4
+# (measured); a token close to a router's threshold may take another expert, which costs up to 6e-3.
+HALF_PRECISION_COSINE = 0.99
+
 
 def max_difference(got: object, want: object) -> float:
     """The largest |got − want|, for messages and for the figures of docs/results.md."""

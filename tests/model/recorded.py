@@ -77,6 +77,12 @@ def recorded_tiles(*images: str) -> Tensor:
 
 def case_inputs(mini: Mini, case: str) -> tuple[Tensor, Tensor]:
     """inputs_embeds [B, T, H] and attention_mask [B, T] of a recorded case, images merged by our model."""
+    return _case_inputs(mini.folder, case)
+
+
+@lru_cache
+def _case_inputs(folder: Path, case: str) -> tuple[Tensor, Tensor]:
+    mini = load_mini(folder)
     images = mini.facts["cases"][case]["images"]
     names = [name for row in images for name in row] if case == "batch" else images
     ids, seq_mask, crops = (torch.from_numpy(mini.golden[f"{case}/{key}"]) for key in

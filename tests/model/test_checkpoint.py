@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -204,6 +206,33 @@ def test_loading_fails_when_the_file_shrinks_after_its_header_was_read(change: C
         read_tensor(entry)
     with pytest.raises(VL2Error, match="truncated"):
         load_model(folder)
+
+
+MEASURE = """
+import resource, sys
+from vl2.model.checkpoint import load_model
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = load_model(sys.argv[1])
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+weights = sum(p.numel() * p.element_size() for p in model.parameters())
+print((after - before) * 1024, weights)
+"""
+
+
+def test_loading_needs_the_weights_once_and_one_tensor_more(change: Callable) -> None:
+    rows = 100_000
+    wide = ("F32", [rows, 96], bytes(rows * 96 * 4))
+    folder = change("language.model.embed_tokens.weight", lambda _: wide)
+    tensors = read_file(folder / "model.safetensors") | {"language.lm_head.weight": wide}
+    write_file(folder / "model.safetensors", tensors)
+    values = json.loads((folder / "config.json").read_text())
+    values["language_config"]["vocab_size"] = rows
+    (folder / "config.json").write_text(json.dumps(values))
+    run = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True, check=True)
+    grown, weights = map(int, run.stdout.split())
+    assert weights > 2 * len(wide[2])
+    # 16 MB: the headers, the modules, the allocator's rest
+    assert grown < weights + 16e6
 
 
 def test_a_tower_without_pooling_head_needs_no_pooling_tensors(change: Callable) -> None:

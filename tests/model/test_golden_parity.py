@@ -23,7 +23,9 @@ from tests.model.recorded import (
     traced_case,
     vision_pairs,
 )
-from tests.tolerances import LOGITS, assert_close
+from tests.tolerances import HALF_PRECISION_COSINE, LOGITS, assert_close
+from vl2.model.checkpoint import load_model
+from vl2.model.decoder import positions_from_mask
 from vl2.model.generate import GreedyOptions, generate_greedy, prefill
 
 each_case = pytest.mark.parametrize("case", CASES)
@@ -99,3 +101,14 @@ def test_chunked_prefill_gives_the_recorded_first_logits(mini: Mini, case: str) 
     with torch.inference_mode():
         logits, _ = prefill(mini.model, *case_inputs(mini, case), int(mini.generation[f"{case}/chunk_size"]))
     assert_close(logits, mini.generation[f"{case}/chunked_first_logits"], LOGITS)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("case", ("one", "text"))
+def test_a_run_in_half_precision_stays_near_the_recorded_logits(mini: Mini, case: str, dtype: torch.dtype) -> None:
+    embeds, mask = case_inputs(mini, case)
+    with torch.inference_mode():
+        logits, cache = load_model(mini.folder, dtype)(embeds.to(dtype), positions_from_mask(mask), mask)
+    assert logits.dtype == torch.float32 and all(entry.dtype == dtype for entry in cache)
+    got, want = logits[:, -8:].numpy().ravel(), mini.golden[f"{case}/logits_last"].ravel()
+    assert got @ want / (np.linalg.norm(got) * np.linalg.norm(want)) > HALF_PRECISION_COSINE

@@ -16,7 +16,7 @@ from tests.conftest import GOLDENS
 from tests.tolerances import BFLOAT16_STEP, ROPE_FAR, ROPE_NEAR, ROUTER_WEIGHTS, UNIT, assert_close
 from vl2.config import LanguageConfig, ProjectorConfig, RopeScaling
 from vl2.model.attention import Attention, LatentAttention
-from vl2.model.decoder import additive_mask, append_cache
+from vl2.model.decoder import Decoder, additive_mask, append_cache
 from vl2.model.moe import MoE, Router
 from vl2.model.norm import RMSNorm
 from vl2.model.projector import Projector, unfold_blocks
@@ -167,6 +167,17 @@ def test_rms_norm_gives_the_recorded_values_in_float32_and_bfloat16(case: str) -
     norm.load_state_dict({"weight": recorded["weight"]})
     assert_close(norm(x), recorded["y"], UNIT)
     assert_close(norm.bfloat16()(x.bfloat16()).float(), recorded["y_bf16"], BFLOAT16_STEP)
+
+
+def test_outer_norms_follow_the_config_and_the_inner_ones_of_latent_attention_do_not() -> None:
+    config = LanguageConfig(
+        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, q_lora_rank=4,
+        kv_lora_rank=4, rms_norm_eps=1e-3,
+    )  # fmt: skip
+    eps = {name: m.eps for name, m in Decoder(config).named_modules() if isinstance(m, RMSNorm)}
+    inner = {f"layers.0.self_attn.{name}_layernorm": 1e-6 for name in ("q_a", "kv_a")}
+    outer = ("layers.0.input_layernorm", "layers.0.post_attention_layernorm", "norm")
+    assert eps == inner | dict.fromkeys(outer, 1e-3)
 
 
 def test_layer_norm_gives_the_recorded_values() -> None:
