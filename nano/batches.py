@@ -1,0 +1,155 @@
+"""Training batches: documents of one crop, encoded by the family's own processor, rendered ahead in other processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+from queue import Full
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+
+from vl2.image import image_token_count
+from vl2.nano.documents import Document, make_document
+from vl2.nano.geometry import GEOMETRY, write_description
+from vl2.nano.labels import tile_labels
+from vl2.nano.questions import Question
+from vl2.prompt import Message, Processor
+
+TRAINING_SEED, HELD_OUT_SEED = "train", "held-out"
+IMAGE_START = 4  # bos, <|User|>, ":", " " come before the image block
+# Crop → (share of the batches, pages in a batch, text tokens a page may have).
+CROP_PLAN = {
+    (1, 1): (0.42, 48, 130), (2, 1): (0.18, 24, 150), (1, 2): (0.14, 24, 150), (2, 2): (0.10, 14, 170),
+    (3, 1): (0.08, 16, 170), (1, 3): (0.08, 16, 170),
+}
+# Kind of document → its share, in the first part of joint training and afterwards.
+EASY_MIX = {"word": 25, "lines": 30, "receipt": 10, "form": 15, "table": 5, "chart": 5, "shapes": 10}
+FULL_MIX = {"word": 12, "lines": 18, "receipt": 14, "form": 12, "table": 18, "chart": 12, "shapes": 14}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pages of one crop. n = 1 tile for a 1×1 crop (global view and local tile are the same pixels), else 1 + tw·th.
+
+    tiles: uint8 [B, n, 3, S, S]; before: ids [B, 4] ahead of the image block; text: ids [B, L] behind it, padded right;
+    question: int16 [B, L], index into `questions` where the token is to be predicted, −1 elsewhere;
+    patches, slots, boxes: labels of the local tiles (see TileLabels), [B, tw·th, …].
+    """
+
+    crop: tuple[int, int]
+    tiles: np.ndarray
+    before: np.ndarray
+    text: np.ndarray
+    question: np.ndarray
+    questions: list[Question]
+    patches: np.ndarray
+    slots: np.ndarray
+    boxes: np.ndarray
+
+
+def load_processor() -> Processor:
+    """The processor of vl2-nano, with prompts masked out of the targets."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_description(Path(folder))
+        return dataclasses.replace(Processor.from_folder(folder), mask_prompt=True)
+
+
+def choose_questions(rng: Random, document: Document, processor: Processor, room: int) -> list[Question]:
+    """Questions of a page that fit into `room` text tokens: often the full text, at most two locations."""
+    offered = list(document.questions)
+    rng.shuffle(offered)
+    offered.sort(key=lambda q: q.task == "grounding" and rng.random() < 0.6)
+    if rng.random() < 0.5:
+        offered.sort(key=lambda q: not (q.task == "ocr" and "line" not in q.question))
+    chosen, located = [], 0
+    for question in offered:
+        length = len(processor.tokenizer.encode(question.question + question.answer).ids) + 7
+        if length > room or (question.task == "grounding" and located == 2):
+            continue
+        located += question.task == "grounding"
+        room -= length
+        chosen.append(question)
+    rng.shuffle(chosen)
+    return chosen
+
+
+def _encode(processor: Processor, document: Document, questions: list[Question]):
+    messages = []
+    for i, question in enumerate(questions):
+        first = i == 0
+        content = ("<image>\n" if first else "") + question.question
+        messages += [Message("user", content, [document.image] if first else ()), Message("assistant", question.answer)]
+    return processor.encode(messages, inference=False)
+
+
+def make_batch(processor: Processor, seed: str, index: int, mix: dict[str, int], crops: dict | None = None) -> Batch:
+    """Batch number `index`: the same for the same arguments."""
+    rng = Random(f"{seed}-{index}")
+    plan = crops or CROP_PLAN
+    crop = rng.choices(list(plan), [share for share, _, _ in plan.values()])[0]
+    _, pages, room = plan[crop]
+    documents = []
+    for kind in rng.choices(list(mix), list(mix.values()), k=pages):
+        document = make_document(rng, kind, crop)
+        chosen = choose_questions(rng, document, processor, room)
+        if chosen:
+            documents.append((document, chosen))
+    return assemble_batch(processor, crop, documents)
+
+
+def assemble_batch(processor: Processor, crop: tuple[int, int], documents: list) -> Batch:
+    """Encodes (document, questions) pairs of one crop."""
+    prompts = [_encode(processor, document, questions) for document, questions in documents]
+    block = image_token_count(crop, GEOMETRY)
+    start = IMAGE_START + block
+    length = max(len(prompt.input_ids) for prompt in prompts) - start
+    text = np.full((len(prompts), length), processor.pad_id, np.int64)
+    index = np.full((len(prompts), length), -1, np.int16)
+    asked: list[Question] = []
+    for row, (prompt, (_, questions)) in enumerate(zip(prompts, documents, strict=True)):
+        ids, targets = prompt.input_ids[start:], prompt.target_ids[start:] != processor.ignore_id
+        assert prompt.images_seq_mask[IMAGE_START:start].all(), "the image block is not where it is expected"
+        text[row, : len(ids)] = ids
+        ends = np.cumsum(ids == processor.eos_id) - (ids == processor.eos_id)
+        index[row, : len(ids)] = np.where(targets, ends + len(asked), -1)
+        asked += questions
+    kept = slice(0, 1) if crop == (1, 1) else slice(None)
+    tiles = np.stack([np.rint((prompt.tiles[kept] * 0.5 + 0.5) * 255).astype(np.uint8) for prompt in prompts])
+    labels = [tile_labels(document) for document, _ in documents]
+    stacked = [np.stack([getattr(label, name) for label in labels]) for name in ("patches", "slots", "boxes")]
+    before = np.stack([prompt.input_ids[:IMAGE_START] for prompt in prompts])
+    return Batch(crop, tiles, before, text, index, asked, *stacked)
+
+
+def _render(queue, seed: str, schedule, start: int, step: int) -> None:
+    os.nice(3)
+    processor, index = load_processor(), start
+    parent = os.getppid()
+    while os.getppid() == parent:
+        mix, crops = schedule(index)
+        batch = make_batch(processor, seed, index, mix, crops)
+        while os.getppid() == parent:  # a killed trainer must not leave this process waiting for ever
+            try:
+                queue.put(batch, timeout=5)
+                break
+            except Full:
+                continue
+        index += step
+
+
+def batch_stream(seed: str, schedule, start: int, workers: int = 1) -> Iterator[Batch]:
+    """Batches `start`, start + 1, … rendered in `workers` processes; `schedule(index)` gives (mix, crop plan)."""
+    context = multiprocessing.get_context("spawn")
+    queues = [context.Queue(maxsize=6) for _ in range(workers)]
+    for i, queue in enumerate(queues):
+        arguments = (queue, seed, schedule, start + i, workers)
+        context.Process(target=_render, args=arguments, daemon=True).start()
+    while True:
+        for queue in queues:
+            yield queue.get()

@@ -1,0 +1,100 @@
+"""Losses of one batch: answer tokens, dense tower labels, expert balance; and which questions were answered exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vl2.nano.batches import Batch
+from vl2.nano.labels import BLANK, CLASSES, SLOTS
+from vl2.nano.network import Balance, Shape, Weights, assemble, decoder, project, tower
+
+BALANCE_WEIGHT = 0.01
+BLANK_WEIGHT = 0.3
+
+
+def auxiliary_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Training-only heads on patches and on image tokens."""
+    width, hidden = shape.vision["width"], shape.language["hidden_size"]
+    sizes = {"patches": (CLASSES, width), "slots": (SLOTS * CLASSES, hidden), "boxes": (4, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (outs, ins) in sizes.items():
+        shapes |= {f"auxiliary.{name}.weight": (outs, ins), f"auxiliary.{name}.bias": (outs,)}
+    return shapes
+
+
+@dataclass
+class Outcome:
+    """The loss with its parts as plain numbers, and exact-match counts: task → (right, asked)."""
+
+    loss: Tensor
+    parts: dict[str, float]
+    exact: dict[str, tuple[int, int]]
+
+
+def tower_loss(w: Weights, tokens: Tensor, features: Tensor, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    """Glyph classes of patches and image tokens, and word boxes; tokens and features of the local tiles, flattened."""
+    weight = torch.ones(CLASSES)
+    weight[BLANK] = BLANK_WEIGHT
+    total, parts = 0.0, {}
+    for name, x in (("patches", tokens), ("slots", features)):
+        target = torch.from_numpy(getattr(batch, name)).long().flatten()
+        logits = F.linear(x, w[f"auxiliary.{name}.weight"], w[f"auxiliary.{name}.bias"]).float().view(-1, CLASSES)
+        total = total + F.cross_entropy(logits, target, weight=weight)
+        inked = target != BLANK
+        parts[name] = (logits.detach().argmax(-1) == target)[inked].float().mean().item()
+    boxes = torch.from_numpy(batch.boxes).float().flatten(0, -2)
+    known = ~boxes[:, 0].isnan()
+    guess = F.linear(features.flatten(0, -2), w["auxiliary.boxes.weight"], w["auxiliary.boxes.bias"]).float()
+    distance = (guess[known] - boxes[known]).abs().mean()
+    parts["boxes"] = distance.item()
+    parts["tower"] = total.item()
+    return total + 2 * distance, parts
+
+
+def batch_loss(w: Weights, shape: Shape, batch: Batch, tower_weight: float, language: bool) -> Outcome:
+    """All losses of a batch; without `language` only the tower's."""
+    wide, high = batch.crop
+    pages, views = batch.tiles.shape[:2]
+    if not language and views > 1:
+        batch_tiles = batch.tiles[:, 1:]
+    else:
+        batch_tiles = batch.tiles
+    tokens = tower(w, shape, torch.from_numpy(np.ascontiguousarray(batch_tiles)).flatten(0, 1))
+    features = project(w, tokens)
+    tokens = tokens.unflatten(0, (pages, -1))
+    features = features.unflatten(0, (pages, -1))
+    local = slice(1, None) if language and views > 1 else slice(None)
+    loss, parts = tower_loss(w, tokens[:, local].flatten(0, 1), features[:, local].flatten(0, 3), batch)
+    if not language:
+        return Outcome(loss, parts, {})
+    grid = features[:, local].unflatten(1, (high, wide))
+    answers, exact, balance = _answer_loss(w, shape, batch, assemble(w, features[:, 0], grid))
+    parts |= {"answers": answers.item(), "balance": balance.total.item()}
+    total = answers + BALANCE_WEIGHT * balance.total + tower_weight * loss
+    return Outcome(total, parts, exact)
+
+
+def _answer_loss(w: Weights, shape: Shape, batch: Batch, image: Tensor):
+    before, text = torch.from_numpy(batch.before), torch.from_numpy(batch.text)
+    table = w["language.model.embed_tokens.weight"]
+    x = torch.cat([F.embedding(before, table), image, F.embedding(text, table)], 1)
+    balance = Balance()
+    hidden = decoder(w, shape, x, balance)
+    question = torch.from_numpy(batch.question).long()
+    asked = question >= 0
+    # The state before a token predicts it; the text follows the image block, so a state always precedes.
+    states = hidden[:, -text.shape[1] - 1 : -1][asked]
+    logits = F.linear(states, w["language.lm_head.weight"]).float()
+    target, owner = text[asked], question[asked]
+    wrong = torch.zeros(len(batch.questions))
+    wrong.index_add_(0, owner, (logits.detach().argmax(-1) != target).float())
+    exact: dict[str, tuple[int, int]] = {}
+    for item, mistakes in zip(batch.questions, wrong.tolist(), strict=True):
+        right, count = exact.get(item.task, (0, 0))
+        exact[item.task] = (right + (mistakes == 0), count + 1)
+    return F.cross_entropy(logits, target), exact, balance

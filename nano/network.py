@@ -1,0 +1,177 @@
+"""vl2-nano's training forward: the family's computation on a dictionary of tensors, shaped for speed on a CPU.
+
+It differs from `vl2.model` in form only: batches have one crop, sequences are padded on the right, and every expert
+runs on every token with the weights of the unchosen ones at zero (one wide matrix product in place of many small).
+tests/nano compares both on the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+
+@dataclass
+class Balance:
+    """The load-balance loss collected over the MoE layers of one forward."""
+
+    total: Tensor | float = 0.0
+    usage: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes the forward needs, from config.json's dictionaries."""
+
+    vision: dict
+    language: dict
+
+    @classmethod
+    def from_config(cls, config: dict) -> Shape:
+        return cls(config["vision_config"], config["language_config"])
+
+
+def linear(w: Weights, name: str, x: Tensor) -> Tensor:
+    return F.linear(x, w[name + ".weight"], w.get(name + ".bias"))
+
+
+def layer_norm(w: Weights, name: str, x: Tensor) -> Tensor:
+    return F.layer_norm(x, (x.shape[-1],), w[name + ".weight"], w[name + ".bias"], 1e-6)
+
+
+def rms_norm(weight: Tensor, x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), weight, 1e-6)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention on [B, heads, T, dim]; `mask` [T, T] is added. The fused CPU kernel's backward is 3x slower."""
+    batch, heads, length, dim = q.shape
+    q, k = (q * dim**-0.5).reshape(-1, length, dim), k.reshape(-1, length, dim)
+    scores = torch.bmm(q, k.mT) if mask is None else torch.baddbmm(mask, q, k.mT)
+    return torch.bmm(scores.softmax(-1), v.reshape(-1, length, v.shape[-1])).view(batch, heads, length, -1)
+
+
+def causal_mask(length: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((length, length), -1e4, dtype=dtype).triu(1)
+
+
+def tower(w: Weights, shape: Shape, tiles: Tensor) -> Tensor:
+    """tiles: uint8 [N, 3, S, S] → tokens [N, (S/patch)², width] after the final norm."""
+    patch, heads = shape.vision["patch_size"], shape.vision["heads"]
+    count, side = len(tiles), tiles.shape[-1] // patch
+    kernel = w["vision.patch_embed.proj.weight"]
+    pixels = tiles.to(kernel.dtype).sub_(127.5).mul_(1 / 127.5)
+    patches = pixels.view(count, 3, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5).reshape(count, side * side, -1)
+    x = F.linear(patches, kernel.flatten(1), w["vision.patch_embed.proj.bias"]) + w["vision.pos_embed"]
+    for block in range(shape.vision["layers"]):
+        name = f"vision.blocks.{block}"
+        qkv = linear(w, name + ".attn.qkv", layer_norm(w, name + ".norm1", x))
+        q, k, v = qkv.view(count, side * side, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        attended = attention(q, k, v, None).transpose(1, 2).flatten(2)
+        x = x + linear(w, name + ".attn.proj", attended)
+        hidden = F.gelu(linear(w, name + ".mlp.fc1", layer_norm(w, name + ".norm2", x)), approximate="tanh")
+        x = x + linear(w, name + ".mlp.fc2", hidden)
+    return layer_norm(w, "vision.norm", x)
+
+
+def project(w: Weights, tokens: Tensor) -> Tensor:
+    """tokens [N, s², width], s even → image features [N, s/2, s/2, hidden], blocks unfolded channel-major."""
+    count, side = len(tokens), math.isqrt(tokens.shape[1])
+    blocks = tokens.view(count, side // 2, 2, side // 2, 2, -1).permute(0, 1, 3, 5, 2, 4).flatten(3)
+    return linear(w, "projector.layers.2", F.gelu(linear(w, "projector.layers.0", blocks)))
+
+
+def assemble(w: Weights, global_view: Tensor, local: Tensor) -> Tensor:
+    """global_view [B, h, h, H], local [B, th, tw, h, h, H] → the image block [B, tokens, H], global view first."""
+    batch, high, wide, side, _, hidden = local.shape
+    local = local.transpose(2, 3).reshape(batch, high * side, wide * side, hidden)
+
+    def rows(grid: Tensor) -> Tensor:
+        newline = w["image_newline"].expand(batch, grid.shape[1], 1, hidden)
+        return torch.cat([grid, newline], 2).flatten(1, 2)
+
+    return torch.cat([rows(global_view), w["view_seperator"].expand(batch, 1, hidden), rows(local)], 1)
+
+
+def rotary(length: int, dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [length, dim], the angles twice."""
+    angles = torch.outer(torch.arange(length).float(), theta ** (-torch.arange(0, dim, 2).float() / dim))
+    angles = torch.cat([angles, angles], 1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on x [..., T, dim] in the half-split layout."""
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+def plain_attention(w: Weights, name: str, x: Tensor, settings: dict) -> Tensor:
+    """Causal multi-head attention, x [B, T, H]."""
+    batch, length, hidden = x.shape
+    heads = settings["num_attention_heads"]
+    cos, sin = (table.to(x.dtype) for table in rotary(length, hidden // heads))
+    fused = torch.cat([w[f"{name}.{part}_proj.weight"] for part in "qkv"])
+    q, k, v = F.linear(x, fused).view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    out = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, causal_mask(length, x.dtype))
+    return linear(w, name + ".o_proj", out.transpose(1, 2).flatten(2))
+
+
+def latent_attention(w: Weights, name: str, x: Tensor, settings: dict) -> Tensor:
+    """Causal multi-head latent attention in its naive form, x [B, T, H]; rope pairs are interleaved in the weights."""
+    batch, length, _ = x.shape
+    heads, rank = settings["num_attention_heads"], settings["kv_lora_rank"]
+    nope, rope, value = (settings[k] for k in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    cos, sin = (table.to(x.dtype) for table in rotary(length, rope))
+    q = linear(w, name + ".q_proj", x).view(batch, length, heads, nope + rope).transpose(1, 2)
+    latent, key = linear(w, name + ".kv_a_proj_with_mqa", x).split([rank, rope], -1)
+    latent = rms_norm(w[name + ".kv_a_layernorm.weight"], latent)
+    kv = linear(w, name + ".kv_b_proj", latent).view(batch, length, heads, nope + value).transpose(1, 2)
+
+    def halves(part: Tensor) -> Tensor:
+        return torch.cat([part[..., 0::2], part[..., 1::2]], -1)
+
+    q = torch.cat([q[..., :nope], rotate(halves(q[..., nope:]), cos, sin)], -1)
+    shared = rotate(halves(key), cos, sin).unsqueeze(1).expand(batch, heads, length, rope)
+    k = torch.cat([kv[..., :nope], shared], -1)
+    out = attention(q, k, kv[..., nope:], causal_mask(length, x.dtype))
+    return linear(w, name + ".o_proj", out.transpose(1, 2).flatten(2))
+
+
+def dense(w: Weights, name: str, x: Tensor) -> Tensor:
+    return linear(w, name + ".down_proj", F.silu(linear(w, name + ".gate_proj", x)) * linear(w, name + ".up_proj", x))
+
+
+def mixture(w: Weights, name: str, x: Tensor, top_k: int, balance: Balance) -> Tensor:
+    """Softmax greedy mixture of experts with shared experts, x [B, T, H]; all experts run, unchosen ones weigh zero."""
+    scores = F.linear(x.float(), w[name + ".gate.weight"].float()).softmax(-1)
+    chosen = torch.zeros_like(scores).scatter_(-1, scores.topk(top_k, -1).indices, 1.0)
+    experts = scores.shape[-1]
+    balance.total = balance.total + (chosen.mean((0, 1)) * scores.mean((0, 1))).sum() * experts / top_k
+    balance.usage.append(chosen.detach().mean((0, 1)))
+    gate, up, down = (w[f"{name}.experts.{part}_proj.weight"] for part in ("gate", "up", "down"))
+    hidden = F.silu(F.linear(x, gate.flatten(0, 1))) * F.linear(x, up.flatten(0, 1))
+    hidden = hidden.unflatten(-1, (experts, -1)) * (scores * chosen).to(x.dtype).unsqueeze(-1)
+    routed = F.linear(hidden.flatten(-2), down.transpose(0, 1).flatten(1))
+    return routed + dense(w, name + ".shared_experts", x)
+
+
+def decoder(w: Weights, shape: Shape, x: Tensor, balance: Balance) -> Tensor:
+    """x: embeddings [B, T, H] → hidden [B, T, H] after the final norm; positions 0…T−1."""
+    settings = shape.language
+    attend = latent_attention if settings["kv_lora_rank"] else plain_attention
+    for layer in range(settings["num_hidden_layers"]):
+        name = f"language.model.layers.{layer}"
+        x = x + attend(w, name + ".self_attn", rms_norm(w[name + ".input_layernorm.weight"], x), settings)
+        normed = rms_norm(w[name + ".post_attention_layernorm.weight"], x)
+        if layer < settings["first_k_dense_replace"]:
+            x = x + dense(w, name + ".mlp", normed)
+        else:
+            x = x + mixture(w, name + ".mlp", normed, settings["num_experts_per_tok"], balance)
+    return rms_norm(w["language.model.norm.weight"], x)

@@ -1,0 +1,202 @@
+"""Trains vl2-nano from nothing: `python -m vl2.nano.train --out DIR`.
+
+Stage 1 teaches the tower alone to tell glyphs; stage 2 trains everything on question and answer pages, with the
+tower's labels still counting a little. A killed run resumes at its last checkpoint (DIR/state.pt).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vl2.nano.batches import CROP_PLAN, EASY_MIX, FULL_MIX, TRAINING_SEED, batch_stream
+from vl2.nano.geometry import config_dict
+from vl2.nano.helper import Exchange, run_helper
+from vl2.nano.losses import auxiliary_shapes, batch_loss
+from vl2.nano.network import Shape
+from vl2.nano.parameters import FlatParameters, initial_values, parameter_shapes
+
+# glibc returns large blocks to the system by default; page faults then take seven eighths of the time.
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456",
+             "MALLOC_ARENA_MAX": "1"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained and for how long; steps are batches (CROP_PLAN says how many pages each has)."""
+
+    variant: str = "mha"
+    tower_steps: int = 800
+    easy_steps: int = 700
+    steps: int = 7000
+    decay_steps: int = 2000
+    learning_rate: float = 1.5e-3
+    warmup_steps: int = 100
+    tower_weight: float = 0.3
+    weight_decay: float = 0.02
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate: linear warm-up at the start of each stage, constant, linear decay to 2 % at the end."""
+        since = step if step < self.tower_steps else step - self.tower_steps
+        warm = min(1.0, (since + 1) / self.warmup_steps)
+        return self.learning_rate * warm * min(1.0, max(0.02, (self.steps - step) / self.decay_steps))
+
+
+def schedule(plan: Plan, index: int) -> tuple[dict, dict]:
+    """(kinds of documents, crops) of batch `index`: joint training begins with easy pages of one tile."""
+    if plan.tower_steps <= index < plan.tower_steps + plan.easy_steps:
+        return EASY_MIX, {(1, 1): CROP_PLAN[(1, 1)]}
+    return FULL_MIX, CROP_PLAN
+
+
+class Trainer:
+    """Parameters, optimizer and position of one run; everything needed to resume it."""
+
+    def __init__(self, plan: Plan, out: Path):
+        self.plan, self.out, self.step, self.pages, self.seconds = plan, out, 0, 0, 0.0
+        self.exchange: Exchange | None = None
+        self.shape = Shape.from_config(config_dict(plan.variant))
+        shapes = {**parameter_shapes(self.shape), **auxiliary_shapes(self.shape)}
+        self.parameters = FlatParameters(initial_values(shapes, plan.seed))
+        self.master = torch.nn.Parameter(self.parameters.master)
+        self.optimizer = torch.optim.AdamW([self.master], plan.learning_rate, (0.9, 0.98), 1e-8, plan.weight_decay,
+                                           fused=True)
+
+    def save(self) -> None:
+        """Writes DIR/state.pt beside and renames it into place."""
+        state = {"plan": dataclasses.asdict(self.plan), "step": self.step, "pages": self.pages,
+                 "seconds": self.seconds, "master": self.master.data, "optimizer": self.optimizer.state_dict()}
+        partial = self.out / "state.partial"
+        torch.save(state, partial)
+        os.replace(partial, self.out / "state.pt")
+
+    def resume(self) -> None:
+        state = torch.load(self.out / "state.pt", weights_only=True)
+        self.step, self.pages, self.seconds = state["step"], state["pages"], state["seconds"]
+        self.master.data.copy_(state["master"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.parameters.refresh()
+
+    def update(self, batch):
+        """One optimizer step on a batch; returns its Outcome."""
+        plan, flat = self.plan, self.parameters
+        flat.grad.zero_()
+        outcome = batch_loss(flat.weights, self.shape, batch, plan.tower_weight, self.step >= plan.tower_steps)
+        outcome.loss.backward()
+        self.master.grad = self._with_help(flat.grad.float())
+        outcome.parts["gradient"] = torch.nn.utils.clip_grad_norm_([self.master], 1.0).item()
+        for group in self.optimizer.param_groups:
+            group["lr"] = plan.rate(self.step)
+        self.optimizer.step()
+        flat.refresh()
+        self.step += 1
+        self.pages += len(batch.tiles)
+        return outcome
+
+    def start_helper(self) -> None:
+        """Starts the process that adds gradients of its own batches."""
+        self.exchange = Exchange.around(self.parameters.working, self.step)
+        arguments = (self.exchange, self.plan, schedule, self.shape, dict(self.parameters.sizes))
+        multiprocessing.get_context("spawn").Process(target=run_helper, args=arguments, daemon=True).start()
+
+    def _with_help(self, gradient: torch.Tensor) -> torch.Tensor:
+        exchange = self.exchange
+        if exchange is None:
+            return gradient
+        exchange.step.fill_(self.step)
+        if exchange.ready:
+            gradient = (gradient + exchange.gradient.float()) / 2
+            self.pages += int(exchange.pages)
+            exchange.pages.zero_()
+            exchange.ready.zero_()
+        return gradient
+
+
+class Log:
+    """Means over the steps since the last line; one JSON object a line in DIR/log.jsonl, short text on stderr."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._clear()
+
+    def _clear(self) -> None:
+        self.values: dict[str, list[float]] = defaultdict(list)
+        self.right: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+
+    def add(self, outcome, crop: tuple[int, int]) -> None:
+        for name, value in outcome.parts.items():
+            self.values[name].append(value)
+        for task, (right, asked) in outcome.exact.items():
+            for key in (task, f"all {crop[0]}x{crop[1]}"):
+                self.right[key][0] += right
+                self.right[key][1] += asked
+
+    def write(self, trainer: Trainer, pages_per_second: float) -> None:
+        means = {name: round(sum(values) / len(values), 4) for name, values in self.values.items()}
+        exact = {task: round(right / asked, 3) for task, (right, asked) in sorted(self.right.items())}
+        line = {"step": trainer.step, "pages": trainer.pages, "minutes": round(trainer.seconds / 60, 1),
+                "pages_per_second": round(pages_per_second, 1), **means, "exact": exact}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), file=sys.stderr, flush=True)
+        self._clear()
+
+
+def train(plan: Plan, out: Path, workers: int = 1, help_along: bool = False) -> Trainer:
+    """Runs or resumes `plan` in the folder `out`; returns the finished trainer."""
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(plan.seed)
+    trainer, log = Trainer(plan, out), Log(out / "log.jsonl")
+    if (out / "state.pt").exists():
+        trainer.resume()
+    if help_along:
+        trainer.start_helper()
+    batches = batch_stream(TRAINING_SEED, functools.partial(schedule, plan), trainer.step, workers)
+    last_save = last = time.monotonic()
+    since, pages = last, trainer.pages
+    while trainer.step < plan.steps:
+        batch = next(batches)
+        log.add(trainer.update(batch), batch.crop)
+        now = time.monotonic()
+        trainer.seconds += now - last
+        last = now
+        if trainer.step % 50 == 0:
+            log.write(trainer, (trainer.pages - pages) / (now - since))
+            since, pages = now, trainer.pages
+        if now - last_save > 120 or trainer.step == plan.steps or trainer.step == plan.tower_steps:
+            trainer.save()
+            last_save = now
+    return trainer
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m vl2.nano.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for state, log and the final checkpoint")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="processes that render pages")
+    parser.add_argument("--helper", action="store_true", help="a second process adds gradients")
+    for field in dataclasses.fields(Plan):
+        kind = type(field.default)
+        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default)
+    options = vars(parser.parse_args(arguments))
+    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
+        os.execve(sys.executable, [sys.executable, "-m", "vl2.nano.train", *sys.argv[1:]], {**os.environ, **ALLOCATOR})
+    out, threads, workers, helper = (options.pop(name) for name in ("out", "threads", "workers", "helper"))
+    torch.set_num_threads(threads)
+    train(Plan(**options), out, workers, helper)
+
+
+if __name__ == "__main__":
+    main()
