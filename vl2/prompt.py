@@ -13,21 +13,14 @@ from tokenizers import Tokenizer
 
 from vl2.errors import VL2Error
 from vl2.image import ImageGeometry, image_crops, image_tiles, image_token_count, load_image
-from vl2.json_file import read_json
+from vl2.processor_config import IMAGE_PLACEHOLDER, check_vocabulary, read_processor_config
 from vl2.special_tokens import ASSISTANT, USER, SpecialTokens, load_tokenizer
-
-IMAGE_PLACEHOLDER = "<image>"
 
 _ROLES = {
     USER: "user", "user": "user",
     ASSISTANT: "assistant", "assistant": "assistant",
     "system": "system", "deepseekapi-sys": "system",
 }
-# Key → the value a file may have where only one is supported.
-_SUPPORTED = {"sft_format": "deepseek", "normalize": True, "add_special_token": False,
-              "processor_class": "DeepseekVLV2Processor", "image_token": IMAGE_PLACEHOLDER}
-_READ = ("candidate_resolutions", "downsample_ratio", "ignore_id", "image_mean", "image_std", "mask_prompt",
-         "pad_token", "patch_size")
 
 
 @dataclass(frozen=True)
@@ -111,27 +104,16 @@ class Processor:
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike) -> Processor:
-        """Reads processor_config.json and the tokenizer files; VL2Error names a key that is unknown or unsupported."""
+        """Reads processor_config.json and the tokenizer files of a checkpoint or bundle.
+
+        Raises VL2Error for a missing or broken file, a key that is unknown or unsupported, and where config.json
+        contradicts them.
+        """
         folder = Path(folder)
-        path = folder / "processor_config.json"
-        config = read_json(path)
-        _refuse_unsupported(config, path)
-        try:
-            resolutions = tuple((int(width), int(height)) for width, height in config["candidate_resolutions"])
-            geometry = ImageGeometry(
-                tile_size=resolutions[0][0],
-                patch_size=int(config["patch_size"]),
-                downsample_ratio=int(config["downsample_ratio"]),
-                candidate_resolutions=resolutions,
-                image_mean=_per_channel(config.get("image_mean", (0.5, 0.5, 0.5))),
-                image_std=_per_channel(config.get("image_std", (0.5, 0.5, 0.5))),
-            )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise VL2Error(f"{path}: image settings are missing or malformed ({error!r})",
-                           "expected candidate_resolutions, patch_size and downsample_ratio as published") from error
-        pad_token = config.get("pad_token", "<｜▁pad▁｜>")
-        tokenizer, special = load_tokenizer(folder, IMAGE_PLACEHOLDER, pad_token)
-        return cls(tokenizer, special, geometry, config.get("ignore_id", -100), config.get("mask_prompt", True))
+        config = read_processor_config(folder)
+        tokenizer, special = load_tokenizer(folder, IMAGE_PLACEHOLDER, config.pad_token)
+        check_vocabulary(folder, tokenizer)
+        return cls(tokenizer, special, config.geometry, config.ignore_id, config.mask_prompt)
 
     bos_id = property(lambda self: self.special.bos_id)
     eos_id = property(lambda self: self.special.eos_id)
@@ -254,17 +236,3 @@ def _match_images(content: str, images: Sequence, name: str) -> None:
     if expected != len(images):
         raise VL2Error(f"{name} has {expected} {IMAGE_PLACEHOLDER} and {len(images)} images, expected equal numbers",
                        f"write one {IMAGE_PLACEHOLDER} for each image, where it belongs")
-
-
-def _per_channel(values: Sequence[float]) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
-
-
-def _refuse_unsupported(config: dict, path: Path) -> None:
-    for key, value in config.items():
-        if key in _SUPPORTED and value != _SUPPORTED[key]:
-            raise VL2Error(f"{path}: {key} is {value!r}, supported is {_SUPPORTED[key]!r}",
-                           "is this a DeepSeek-VL2 checkpoint?")
-        if key not in _SUPPORTED and key not in _READ:
-            raise VL2Error(f"{path}: unknown key {key!r}", "is this a DeepSeek-VL2 checkpoint?")

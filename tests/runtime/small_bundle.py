@@ -154,7 +154,7 @@ def save_tensors(path: Path, tensors: dict[str, np.ndarray], dtype: str = "F32")
 
 def build_bundle(folder: Path) -> Path:
     folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(GOLDENS / "tiny-mini" / name, folder)
     config = json.loads((GOLDENS / "tiny-mini" / "processor_config.json").read_text())
     config |= {"candidate_resolutions": RESOLUTIONS, "patch_size": PATCH}

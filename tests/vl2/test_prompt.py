@@ -156,6 +156,25 @@ def test_broken_image_settings_are_refused(tmp_path: Path, change) -> None:
         Processor.from_folder(copy(tmp_path, change))
 
 
+@pytest.mark.parametrize("key, value", [("patch_size", 16), ("downsample_ratio", 1),
+                                        ("candidate_resolutions", [[384, 384]])])
+def test_processor_and_model_config_must_agree(tmp_path: Path, key: str, value: object) -> None:
+    folder = copy(tmp_path, lambda config: config.update({key: value}))
+    Processor.from_folder(folder)
+    shutil.copy(GOLDENS / "tiny-mini" / "config.json", folder)
+    with pytest.raises(VL2Error, match=f"{key} is .* in processor_config.json, .* in config.json"):
+        Processor.from_folder(folder)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path: Path) -> None:
+    folder = copy(tmp_path)
+    config = json.loads((GOLDENS / "tiny-mini" / "config.json").read_text())
+    config["language_config"]["vocab_size"] = 627
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VL2Error, match="the tokenizer has id 627, the model 627 ids"):
+        Processor.from_folder(folder)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "processor_config.json"])
 def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     folder = copy(tmp_path)
