@@ -7,8 +7,9 @@ A recipe file is JSON, `{"name": "mine", "rules": [{"modules": "language.model.l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from vl2.config import ModelConfig
 from vl2.errors import VL2Error
 from vl2.json_file import from_json, read_json
 from vl2.quant.linears import EMBEDDINGS, HEAD, expert_layer, is_router, matrices
-from vl2.quant.scheme import Scheme, scheme_named
+from vl2.quant.scheme import SCHEMES, SMALLEST_GROUP, Scheme, scheme_named
 
 KEEP = "keep"
 _ROUTERS = "language.model.layers.*.mlp.gate"
@@ -89,7 +90,9 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def assign_schemes(recipe: Recipe, config: ModelConfig) -> dict[str, Scheme | None]:
-    """The scheme of every matrix of the model, None for `keep`.
+    """The scheme of every matrix of the model with the group size it gets, None for `keep`.
+
+    The group size follows `Scheme.group_for`; experts of a layer take the one that divides all their inputs.
 
     Raises VL2Error on a matrix that no rule matches, a rule that decides nothing, a quantized router, an INT4 head or
     embedding, inputs that no INT4 group divides, and experts of one layer under several schemes.
@@ -104,9 +107,18 @@ def assign_schemes(recipe: Recipe, config: ModelConfig) -> dict[str, Scheme | No
             )
     assigned = {module: _scheme(recipe.rules[index]) for module, index in decided.items()}
     for module, scheme in assigned.items():
-        _check_allowed(module, scheme, shapes[module][1])
+        _check_allowed(module, scheme)
     _check_experts(assigned)
-    return assigned
+    common = _common_inputs(shapes)
+    return {
+        module: _fitted(module, scheme, common.get(expert_layer(module), shapes[module][1]))
+        for module, scheme in assigned.items()
+    }
+
+
+def fell_back(scheme: Scheme) -> bool:
+    """Whether an assigned scheme has another group size than its name says."""
+    return scheme.group_size != SCHEMES[scheme.name].group_size
 
 
 def _first_match(recipe: Recipe, module: str) -> int:
@@ -122,7 +134,27 @@ def _scheme(rule: Rule) -> Scheme | None:
     return None if rule.scheme == KEEP else scheme_named(rule.scheme)
 
 
-def _check_allowed(module: str, scheme: Scheme | None, inputs: int) -> None:
+def _common_inputs(shapes: Mapping[str, tuple[int, int]]) -> dict[int | None, int]:
+    """Per layer the greatest common divisor of its experts' inputs."""
+    common: dict[int | None, int] = {}
+    for module, (_, inputs) in shapes.items():
+        layer = expert_layer(module)
+        if layer is not None:
+            common[layer] = math.gcd(common.get(layer, 0), inputs)
+    return common
+
+
+def _fitted(module: str, scheme: Scheme | None, inputs: int) -> Scheme | None:
+    if scheme is None or scheme.group_size is None:
+        return scheme
+    try:
+        group = scheme.group_for(inputs)
+    except VL2Error as error:
+        raise VL2Error(f"`{module}`: {error.message}", error.hint) from error
+    return replace(scheme, group_size=group if inputs % SMALLEST_GROUP == 0 else None)
+
+
+def _check_allowed(module: str, scheme: Scheme | None) -> None:
     if scheme is None:
         return
     if is_router(module):
@@ -131,10 +163,6 @@ def _check_allowed(module: str, scheme: Scheme | None, inputs: int) -> None:
         )
     if module in (HEAD, EMBEDDINGS) and scheme.bits < 8:
         raise VL2Error(f"the recipe stores `{module}` as {scheme.name}", f"expected int8, int8-channel or {KEEP}")
-    try:
-        scheme.group_for(inputs)
-    except VL2Error as error:
-        raise VL2Error(f"`{module}`: {error.message}", error.hint) from error
 
 
 def _check_experts(assigned: Mapping[str, Scheme | None]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from vl2.errors import VL2Error
 
 # Below 16 no consumer has a kernel: ONNX Runtime's MatMulNBits starts at 16, Marlin at 32.
-_SMALLEST_GROUP = 16
+SMALLEST_GROUP = 16
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Scheme:
         INT8 takes one scale a row and INT4 raises VL2Error.
         """
         size = self.group_size or inputs
-        while inputs % size and size > _SMALLEST_GROUP:
+        while inputs % size and size > SMALLEST_GROUP:
             size //= 2
         if inputs % size == 0:
             return size
         if self.bits == 8:
             return inputs
         raise VL2Error(
-            f"a matrix has {inputs} inputs, which no group from {self.group_size} down to {_SMALLEST_GROUP} divides",
+            f"a matrix has {inputs} inputs, which no group from {self.group_size} down to {SMALLEST_GROUP} divides",
             "give it the scheme `int8` or `keep` in the recipe",
         )
 

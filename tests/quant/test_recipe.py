@@ -9,7 +9,7 @@ from vl2.config import ModelConfig, load_config
 from vl2.errors import VL2Error
 from vl2.json_file import to_json
 from vl2.quant.linears import is_router, matrices
-from vl2.quant.recipe import OuterParts, Recipe, Rule, assign_schemes, builtin_recipe, read_recipe
+from vl2.quant.recipe import OuterParts, Recipe, Rule, assign_schemes, builtin_recipe, fell_back, read_recipe
 
 NAMES = ("int8", "int4", "int4-g64", "int4-g128")
 
@@ -109,3 +109,25 @@ def test_outer_parts_offer_no_int4() -> None:
 def test_an_unknown_builtin_is_refused_with_the_known_ones(tiny_mini: ModelConfig) -> None:
     with pytest.raises(VL2Error, match="int8, int4, int4-g64, int4-g128"):
         builtin_recipe("int2", tiny_mini)
+
+
+def test_experts_of_a_layer_share_the_group_that_divides_all_their_inputs(goldens: Path) -> None:
+    """small-mini's experts have 96 and 48 inputs: 32 divides the first only."""
+    config = load_config(goldens / "small-mini")
+    assigned = assign_schemes(builtin_recipe("int4", config), config)
+    groups = {scheme.group_size for module, scheme in assigned.items() if ".experts." in module}
+    assert groups == {16}
+    assert all(fell_back(scheme) for module, scheme in assigned.items() if ".experts." in module)
+
+
+def test_published_tiny_falls_back_in_its_dense_layer_alone(goldens: Path) -> None:
+    config = ModelConfig.from_dict(json.loads((goldens / "published" / "tiny.config.json").read_text()))
+    assigned = assign_schemes(builtin_recipe("int4-g128", config), config)
+    moved = {module: s.group_size for module, s in assigned.items() if s is not None and fell_back(s)}
+    assert moved == {"language.model.layers.0.mlp.down_proj": 64}
+
+
+def test_int8_inputs_that_no_group_divides_get_one_scale_a_row(goldens: Path) -> None:
+    config = load_config(goldens / "base-mini")
+    assigned = assign_schemes(with_rules(("vision.*", "int8"), ("*", "keep")), config)
+    assert assigned["vision.blocks.0.mlp.fc2"].group_size is None

@@ -1,0 +1,136 @@
+"""The `quantization_config` object of config.json, as compressed-tensors 0.15 to 0.20 reads it.
+
+Modules are named by regular expressions that hold for the whole model (`language.model.layers…`) and for its language
+part alone (`model.layers…`), which is what transformers can load.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vl2.errors import VL2Error
+from vl2.quant.linears import EMBEDDINGS
+from vl2.quant.scheme import Scheme
+
+FORMAT = "pack-quantized"
+_VERSION = "0.20.0"
+# What of compressed-tensors' weight settings `Form` and a symmetric grid can say.
+_READABLE: dict[str, tuple[Any, ...]] = {
+    "num_bits": (4, 8), "type": ("int",), "symmetric": (True,), "dynamic": (False,), "strategy": ("group", "channel"),
+}  # fmt: skip
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a matrix lies in the file: bits, and columns a scale (None: one scale a row)."""
+
+    bits: int
+    group_size: int | None
+
+    def scale_columns(self, inputs: int) -> int:
+        return 1 if self.group_size is None else inputs // self.group_size
+
+
+def form_of(scheme: Scheme | None) -> Form | None:
+    """The form of a matrix by its assigned scheme."""
+    return None if scheme is None else Form(scheme.bits, scheme.group_size)
+
+
+def write_config(forms: Mapping[str, Form | None]) -> dict[str, Any]:
+    """`quantization_config` for the modules of a model; None is a module left as it is."""
+    groups = sorted(
+        {form for form in forms.values() if form is not None}, key=lambda form: (form.bits, form.group_size or 0)
+    )
+    targets = {form: _patterns(forms, form) for form in groups}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "version": _VERSION,
+        "config_groups": {f"group_{i}": _group(form, targets[form]) for i, form in enumerate(groups)},
+        "ignore": _patterns(forms, None),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def read_config(values: Any, modules: Iterable[str]) -> dict[str, Form | None]:
+    """The form of every module by a `quantization_config`: the inverse of `write_config`, for other writers' files too.
+
+    Raises VL2Error on another method or format and on what `Form` cannot say: activations, asymmetric or float grids.
+    """
+    if not isinstance(values, dict) or values.get("quant_method") != "compressed-tensors":
+        method = values.get("quant_method") if isinstance(values, dict) else values
+        raise VL2Error(f"`quantization_config.quant_method` is {method!r}, expected 'compressed-tensors'")
+    if values.get("format") != FORMAT:
+        raise VL2Error(f"`quantization_config.format` is {values.get('format')!r}, expected {FORMAT!r}")
+    groups = [(group.get("targets", []), _form(name, group)) for name, group in values.get("config_groups", {}).items()]
+    ignored = values.get("ignore") or []
+    return {
+        module: None if _matches(module, ignored) else next((f for t, f in groups if _matches(module, t)), None)
+        for module in modules
+    }
+
+
+def _group(form: Form, targets: list[str]) -> dict[str, Any]:
+    weights = {"num_bits": form.bits, "type": "int", "symmetric": True, "dynamic": False}
+    grouped = {"strategy": "group", "group_size": form.group_size}
+    weights |= {"strategy": "channel"} if form.group_size is None else grouped
+    return {
+        "targets": targets, "weights": weights, "input_activations": None, "output_activations": None, "format": FORMAT
+    }  # fmt: skip
+
+
+def _form(name: str, group: Mapping[str, Any]) -> Form:
+    where = f"quantization_config.config_groups.{name}"
+    weights = group.get("weights") or {}
+    if group.get("input_activations") or group.get("output_activations"):
+        raise VL2Error(f"`{where}` quantizes activations, expected weights only")
+    for key, choices in _READABLE.items():
+        if weights.get(key) not in choices:
+            expected = " or ".join(map(repr, choices))
+            raise VL2Error(f"`{where}.weights.{key}` is {weights.get(key)!r}, expected {expected}")
+    if weights.get("actorder") in ("group", "dynamic", True):
+        raise VL2Error(f"`{where}.weights.actorder` is {weights['actorder']!r}: reordered groups are not supported")
+    return Form(weights["num_bits"], weights["group_size"] if weights["strategy"] == "group" else None)
+
+
+def _matches(module: str, targets: Iterable[str]) -> bool:
+    return any(
+        re.match(target[3:], module) is not None
+        if target.startswith("re:")
+        else target == module or (target == "Linear" and module != EMBEDDINGS)
+        for target in targets
+    )
+
+
+def _patterns(forms: Mapping[str, Form | None], wanted: Form | None) -> list[str]:
+    """Regular expressions that match the modules of one form and no other module.
+
+    One for each kind of module (its name with the numbers taken out), with the layers listed where they differ.
+    """
+    kinds: dict[str, set[str]] = {}
+    chosen: dict[str, list[str]] = {}
+    for module, form in forms.items():
+        numbers = _NUMBER.findall(module)
+        kind = _NUMBER.sub("#", module)
+        kinds.setdefault(kind, set()).add(numbers[0] if numbers else "")
+        if form == wanted:
+            chosen.setdefault(kind, []).append(numbers[0] if numbers else "")
+    return [_pattern(kind, set(first), kinds[kind]) for kind, first in chosen.items()]
+
+
+def _pattern(kind: str, first_numbers: set[str], all_numbers: set[str]) -> str:
+    local = kind.removeprefix("language.model.").removeprefix("language.")
+    # transformers takes a group for the experts' if a target says "experts", which these are not
+    pattern = re.escape(local).replace(r"\.shared_experts\.", r"\.shared_\w+\.")
+    if first_numbers == all_numbers:
+        pattern = pattern.replace(r"\#", r"\d+")
+    else:
+        listed = "|".join(sorted(first_numbers, key=int))
+        pattern = pattern.replace(r"\#", f"({listed})", 1).replace(r"\#", r"\d+")
+    return f"re:(.*\\.)?{pattern}$"
