@@ -67,7 +67,7 @@ class Decoder(nn.Module):
         return self.lm_head(hidden).float()
 
     def cache_names(self) -> tuple[str, ...]:
-        """"key.0", "value.0", "key.1", … or "latent.0", "latent.1", …: the order of `past` and of the new entries."""
+        """The order of `past` and of the new entries: key.0, value.0, key.1, … or latent.0, latent.1, …"""
         return tuple(f"{name}.{l}" for l, layer in enumerate(self.layers) for name in layer.self_attn.cache_names)
 
     def empty_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> Cache:

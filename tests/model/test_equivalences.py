@@ -7,18 +7,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
 from tests.conftest import GOLDENS, MINI_CHECKPOINTS
 from tests.model.recorded import load_mini
-from tests.tolerances import ROPE_FAR, SAME_LOGITS, assert_close
+from tests.tolerances import ROPE_FAR, ROUTER_MARGIN, SAME_LOGITS, assert_close
 from vl2.config import LanguageConfig, RopeScaling
 from vl2.model.decoder import Decoder, append_cache, positions_from_mask
 from vl2.model.generate import GreedyOptions, generate_greedy, prefill
-from vl2.model.moe import MoE
+from vl2.model.moe import MoE, Router, Routing
 from vl2.model.vl2 import DeepseekVL2
 
 each_variant = pytest.mark.parametrize("name", MINI_CHECKPOINTS)
@@ -45,6 +45,25 @@ def run(decoder: Decoder, embeds: Tensor, mask: Tensor | None = None, past: tupl
     with torch.inference_mode():
         hidden, new = decoder(embeds, positions_from_mask(mask)[:, -embeds.shape[1] :], mask, past)
         return decoder.logits(hidden), new
+
+
+def run_if_clear(model: DeepseekVL2, embeds: Tensor, mask: Tensor | None = None):
+    """As `run`, but drops the example when rounding alone may decide between two experts."""
+    margins: list[float] = []
+
+    def keep_margin(router: Router, _: object, routing: Routing) -> None:
+        softmax = router.config.scoring_func == "softmax"
+        scores = routing.logits.softmax(-1) if softmax else routing.logits.sigmoid()
+        values = scores + getattr(router, "e_score_correction_bias", 0.0)
+        chosen, rejected = values.topk(router.config.num_experts_per_tok + 1).values[:, -2:].unbind(-1)
+        margins.append(float((chosen - rejected).min()))
+
+    hooks = [m.register_forward_hook(keep_margin) for m in model.language.modules() if isinstance(m, Router)]
+    result = run(model.language, embeds, mask)
+    for hook in hooks:
+        hook.remove()
+    assume(min(margins) > ROUTER_MARGIN)
+    return result
 
 
 @pytest.fixture
@@ -99,7 +118,7 @@ def test_prefill_then_decode_equals_one_long_prefill(name: str, seed: int, token
     model = model_of(name)
     start = data.draw(st.integers(1, tokens - 1))
     embeds = random_embeds(model, 1, tokens, seed)
-    whole, whole_cache = run(model.language, embeds)
+    whole, whole_cache = run_if_clear(model, embeds)
     logits, cache = run(model.language, embeds[:, :start])
     steps = [logits]
     for i in range(start, tokens):
@@ -119,10 +138,10 @@ def test_chunked_prefill_equals_whole_prefill(name: str, seed: int, tokens: int,
     embeds = random_embeds(model, 2, tokens + padding, seed)
     mask = torch.ones(2, tokens + padding, dtype=torch.bool)
     mask[1, :padding] = False
+    whole, _ = run_if_clear(model, embeds, mask)
     with torch.inference_mode():
-        whole, _ = prefill(model, embeds, mask)
         chunked, cache = prefill(model, embeds, mask, chunk)
-    assert_close(chunked, whole, SAME_LOGITS)
+    assert_close(chunked, whole[:, -1], SAME_LOGITS)
     assert all(entry.shape[1] == tokens + padding for entry in cache)
 
 
@@ -134,7 +153,7 @@ def test_left_padding_in_a_batch_changes_no_row(name: str, seed: int, lengths: l
     longest = max(lengths)
     embeds = random_embeds(model, len(lengths), longest, seed)
     mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
-    logits, cache = run(model.language, embeds, mask)
+    logits, cache = run_if_clear(model, embeds, mask)
     assert logits.isfinite().all()
     for row, length in enumerate(lengths):
         alone, alone_cache = run(model.language, embeds[row : row + 1, longest - length :])
