@@ -1,0 +1,187 @@
+"""`export_checkpoint`: a checkpoint folder in, a bundle out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from vl2 import __version__
+from vl2.export.checkpoint import Checkpoint, open_checkpoint
+from vl2.export.embeddings import FILE_NAME, embeddings_facts, embeddings_header, place_embeddings
+from vl2.export.facts import copied_files, image_facts, language_facts, module_facts, token_ids, tool_versions
+from vl2.export.graphs import declare_graphs
+from vl2.export.passes.store_weights import DataFile, PlacedWeight
+from vl2.export.plan import plan_checkpoint
+from vl2.export.schemes import check_scheme
+from vl2.export.source import source_name
+from vl2.export.staging import Staging, check_place, check_space, open_staging
+from vl2.export.stream import write_weights
+from vl2.export.to_onnx import build_graph, check_graph
+from vl2.export.verify import verify_bundle
+from vl2.file_hashes import sha256_of
+from vl2.manifest import FileFacts, Manifest, ModuleFacts, Source, file_facts, write_manifest
+
+# stage, bytes done, bytes in all
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """scheme: how weights are stored, "fp32" or "fp16"; verify: compare the graphs with PyTorch; force: replace a bundle."""
+
+    scheme: str = "fp16"
+    verify: bool = True
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One export under way."""
+
+    checkpoint: Checkpoint
+    options: ExportOptions
+    staging: Staging
+    progress: Progress
+
+
+def export_checkpoint(
+    source: Path, out: Path, options: ExportOptions | None = None, progress: Progress | None = None
+) -> Manifest:
+    """Writes the bundle of a checkpoint folder and returns its manifest.
+
+    Everything is written into a folder beside `out`, which is renamed when it is whole. After an interruption the same
+    call goes on behind the last finished part. Raises VL2Error on a bad checkpoint, an existing `out`, a full disk.
+    """
+    options, source, out = options or ExportOptions(), Path(source), Path(out).absolute()
+    check_scheme(options.scheme)
+    check_place(out, options.force)
+    checkpoint = open_checkpoint(source)
+    with open_staging(out) as staging, ThreadPoolExecutor(1) as hashing:
+        job = Job(checkpoint, options, staging, progress or _silent)
+        staging.resume(_inputs(job))
+        plan = plan_checkpoint(checkpoint, options.scheme)
+        check_space(staging, plan.bundle_bytes)
+        # The sources are hashed beside the work: both read the same pages from memory.
+        hashes = hashing.submit(_source_hashes, checkpoint)
+        try:
+            manifest = _write_bundle(job, hashes)
+        finally:
+            hashes.cancel()
+        staging.publish()
+    return manifest
+
+
+def _write_bundle(job: Job, hashes: Future) -> Manifest:
+    staging, checkpoint = job.staging, job.checkpoint
+    declared = declare_graphs(checkpoint.config)
+    parts = {name: staging.part(name) or _write_graph(job, name) for name in declared}
+    parts["embeddings"] = staging.part("embeddings") or _write_embeddings(job)
+    parts["copies"] = _copy_files(job)
+    placed = place_embeddings(checkpoint, job.options.scheme)
+    manifest = Manifest(
+        vl2_version=__version__,
+        variant=checkpoint.config.variant,
+        scheme=job.options.scheme,
+        source=Source(source_name(checkpoint.folder), hashes.result()),
+        image=image_facts(checkpoint),
+        language=language_facts(checkpoint.config),
+        tokens=token_ids(checkpoint),
+        graphs=declared,
+        embeddings=embeddings_facts(placed),
+        files={name: FileFacts(**facts) for part in parts.values() for name, facts in part["files"].items()},
+        modules=_sum_modules(parts.values()),
+        tools=tool_versions(),
+        conversion={"underflow": _merged(part.get("underflow", {}) for part in parts.values())},
+        verify={"status": "skipped"},
+    )
+    write_manifest(staging.folder, manifest)
+    if job.options.verify:
+        manifest = verify_bundle(staging.folder, manifest, checkpoint, job.progress)
+        write_manifest(staging.folder, manifest)
+    return manifest
+
+
+def _write_graph(job: Job, name: str) -> dict[str, Any]:
+    graph = declare_graphs(job.checkpoint.config)[name]
+    data = DataFile(graph.data_file, job.options.scheme, job.checkpoint.shapes)
+    job.progress(f"{name} graph", 0, 1)
+    model, placed = build_graph(name, graph, job.checkpoint.config, data)
+    job.progress(f"{name} graph", 1, 1)
+    record = _write_weights(job, name, graph.data_file, placed)
+    path = job.staging.folder / graph.file
+    ir.save(model, path)
+    check_graph(path, graph)
+    files = {graph.file: asdict(file_facts(path)), **record.pop("files")}
+    return job.staging.finish(name, files, record)
+
+
+def _write_embeddings(job: Job) -> dict[str, Any]:
+    placed = place_embeddings(job.checkpoint, job.options.scheme)
+    record = _write_weights(job, "embeddings", FILE_NAME, placed)
+    return job.staging.finish("embeddings", record.pop("files"), record)
+
+
+def _write_weights(job: Job, stage: str, file: str, placed: list[PlacedWeight]) -> dict[str, Any]:
+    total, done = sum(place.size_bytes for place in placed), 0
+
+    def report(block_bytes: int) -> None:
+        nonlocal done
+        done += block_bytes
+        job.progress(f"{stage} weights", done, total)
+
+    header = embeddings_header(placed) if file == FILE_NAME else b""
+    written = write_weights(job.staging.folder / file, header, placed, job.checkpoint, report)
+    modules = {name: asdict(facts) for name, facts in module_facts(placed, job.checkpoint).items()}
+    return {"files": {file: asdict(written.facts)}, "underflow": written.underflow, "modules": modules}
+
+
+def _copy_files(job: Job) -> dict[str, Any]:
+    files = {}
+    for path in copied_files(job.checkpoint.folder):
+        copy = job.staging.folder / path.name
+        shutil.copyfile(path, copy)
+        files[path.name] = asdict(file_facts(copy))
+    return {"files": files}
+
+
+def _inputs(job: Job) -> dict[str, Any]:
+    """Everything that the graphs' files depend on."""
+    sources = [*job.checkpoint.weight_files, *copied_files(job.checkpoint.folder)]
+    status = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sources}
+    return {
+        "folder": str(job.checkpoint.folder.resolve()),
+        "files": status,
+        "scheme": job.options.scheme,
+        "vl2_version": __version__,
+        "tools": tool_versions(),
+    }
+
+
+def _source_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    files = [*checkpoint.weight_files, *copied_files(checkpoint.folder)]
+    return {path.name: sha256_of(path) for path in files}
+
+
+def _sum_modules(parts) -> dict[str, ModuleFacts]:
+    sums: dict[str, ModuleFacts] = {}
+    for part in parts:
+        for name, facts in part.get("modules", {}).items():
+            old = sums.get(name, ModuleFacts(0, 0))
+            sums[name] = ModuleFacts(
+                old.parameters + facts["parameters"], old.size_bytes + facts["size_bytes"]
+            )
+    return sums
+
+
+def _merged(counts) -> dict[str, int]:
+    return {tensor: count for part in counts for tensor, count in part.items()}
+
+
+def _silent(stage: str, done_bytes: int, total_bytes: int) -> None:
+    """No one looks."""

@@ -1,0 +1,1 @@
+"""From our own operators to those of a target."""

@@ -1,0 +1,1 @@
+"""Rewrites of a traced graph, one a file."""

@@ -1,0 +1,89 @@
+"""Gives every weight its place in the data file and, where it is stored narrower, a Cast to float32 at each use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from vl2.export.schemes import FLOAT32, Storage, storage_of
+from vl2.export.weights import Weight
+
+# A page: onnxruntime maps each big tensor by itself. Rows of a stack follow each other unpadded wherever
+# their size is a multiple of _ROW_ALIGNMENT, so that the stack is one tensor as well.
+_ALIGNMENT = 4096
+_ROW_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class PlacedWeight:
+    """A weight and where its numbers lie in the data file."""
+
+    name: str
+    weight: Weight
+    storage: Storage
+    offset: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.weight.elements * self.storage.element_bytes
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.size_bytes
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """Where weights are to lie and how: file name, scheme, shapes of the model's parameters."""
+
+    name: str
+    scheme: str
+    parameter_shapes: Mapping[str, tuple[int, ...]]
+
+
+def store_weights(model: ir.Model, weights: Mapping[str, Weight], data: DataFile) -> list[PlacedWeight]:
+    """Turns the initializers of `weights` into references to the data file; returns them in the order of the file."""
+    placed, end = [], 0
+    for name, weight in weights.items():
+        storage = storage_of(weight.parameter, data.parameter_shapes[weight.parameter], data.scheme)
+        alignment = _ROW_ALIGNMENT if weight.expert else _ALIGNMENT
+        place = PlacedWeight(name, weight, storage, -(-end // alignment) * alignment)
+        placed.append(place)
+        end = place.end
+        _refer(model.graph.initializers[name], place, data.name)
+    return placed
+
+
+def _refer(value: ir.Value, place: PlacedWeight, file: str) -> None:
+    if place.storage is not FLOAT32:
+        _cast_at_use(value)
+    value.type = ir.TensorType(place.storage.onnx_dtype)
+    value.const_value = ir.ExternalTensor(
+        file,
+        place.offset,
+        place.size_bytes,
+        place.storage.onnx_dtype,
+        shape=ir.Shape(place.weight.shape),
+        name=place.name,
+    )
+
+
+def _cast_at_use(value: ir.Value) -> None:
+    """At use, not once: the float32 copy of an expert then lives only while that expert computes."""
+    for use in list(value.uses()):
+        cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", ir.DataType.FLOAT)], name=f"{use.node.name}.widen.{use.idx}")
+        widened = cast.outputs[0]
+        widened.name, widened.type, widened.shape = cast.name, ir.TensorType(ir.DataType.FLOAT), value.shape
+        use.node.graph.insert_before(use.node, cast)
+        use.node.replace_input_with(use.idx, widened)
+
+
+def all_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
+    """A graph and those inside its control-flow nodes."""
+    yield graph
+    for node in graph:
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                yield from all_graphs(attribute.as_graph())

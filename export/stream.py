@@ -1,0 +1,118 @@
+"""Streams weights from the checkpoint into one file: read, converted, hashed and written tensor by tensor.
+
+Memory: one tensor in the dtype of the checkpoint and one block of it converted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vl2.errors import VL2Error
+from vl2.export.checkpoint import Checkpoint
+from vl2.export.passes.store_weights import PlacedWeight
+from vl2.export.schemes import FLOAT16, FLOAT16_MAX
+from vl2.manifest import FileFacts
+
+_BLOCK_ELEMENTS = 4 << 20
+
+Report = Callable[[int], None]
+
+
+@dataclass
+class WrittenWeights:
+    """What was written: the file's facts and, by checkpoint tensor, how many numbers became 0 in float16."""
+
+    facts: FileFacts
+    underflow: dict[str, int] = field(default_factory=dict)
+
+
+def write_weights(
+    path: Path, header: bytes, placed: Iterable[PlacedWeight], checkpoint: Checkpoint, report: Report
+) -> WrittenWeights:
+    """Writes `header`, then the weights at their offsets (which count from the end of the header).
+
+    report: gets the number of bytes of each block. Raises VL2Error on bad numbers and OSError on a full disk.
+    """
+    underflow: dict[str, int] = {}
+    with HashedFile(path) as file:
+        file.write(header)
+        for place in placed:
+            file.pad_to(len(header) + place.offset)
+            for block in converted_blocks(place, checkpoint, underflow):
+                file.write(block)
+                report(len(block))
+    return WrittenWeights(file.facts, underflow)
+
+
+def converted_blocks(place: PlacedWeight, checkpoint: Checkpoint, underflow: dict[str, int]) -> Iterator[memoryview]:
+    """The bytes of one weight as stored, in blocks; counts in `underflow` what float16 turns into 0."""
+    tensor = checkpoint.read(place.weight)
+    name = checkpoint.entry(place.weight).name
+    rows = max(1, _BLOCK_ELEMENTS * len(tensor) // max(1, tensor.numel()))
+    for block in tensor.split(rows):
+        stored = block.to(place.storage.torch_dtype).contiguous()
+        if place.storage is FLOAT16 and block.dtype != torch.float16:
+            _check_range(block, place, checkpoint)
+            lost = int(torch.count_nonzero(block) - torch.count_nonzero(stored))
+            if lost:
+                underflow[name] = underflow.get(name, 0) + lost
+        yield memoryview(stored.numpy()).cast("B")
+
+
+def _check_range(block: Tensor, place: PlacedWeight, checkpoint: Checkpoint) -> None:
+    largest = float(block.abs().max())
+    if largest > FLOAT16_MAX:
+        entry = checkpoint.entry(place.weight)
+        raise VL2Error(
+            f"tensor `{entry.name}` in {entry.path} holds {largest:g}, and float16 ends at {FLOAT16_MAX:g}",
+            "export with --scheme fp32",
+        )
+
+
+class HashedFile:
+    """A file written from front to back; its sha256 is computed in a thread beside the writing."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._digest = hashlib.sha256()
+        self._size = 0
+        self._pending: Future | None = None
+
+    def __enter__(self) -> HashedFile:
+        self._file = self._path.open("wb", buffering=0)
+        self._worker = ThreadPoolExecutor(1)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._worker.shutdown()
+        if kind is None:
+            os.fsync(self._file.fileno())
+        self._file.close()
+
+    def write(self, block: bytes | memoryview) -> None:
+        """Appends a block; it must not change before the next call."""
+        if self._pending is not None:
+            self._pending.result()
+        self._pending = self._worker.submit(self._digest.update, block)
+        view = memoryview(block)
+        while len(view):
+            view = view[self._file.write(view) :]
+        self._size += len(block)
+
+    def pad_to(self, offset: int) -> None:
+        """Zeros up to an offset that was not written yet."""
+        assert offset >= self._size, f"{self._path} is at {self._size}, past {offset}"
+        self.write(bytes(offset - self._size))
+
+    @property
+    def facts(self) -> FileFacts:
+        """Size and sha256, once the file is closed."""
+        return FileFacts(self._size, self._digest.hexdigest())

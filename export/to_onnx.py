@@ -1,0 +1,65 @@
+"""From a checkpoint's configuration to the ONNX model of one graph: traced, rewritten, lowered, its weights placed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from vl2.config import ModelConfig
+from vl2.export.graphs import MODULES
+from vl2.export.lowering import portable
+from vl2.export.passes.arrange_weights import arrange_weights
+from vl2.export.passes.store_weights import DataFile, PlacedWeight, all_graphs, store_weights
+from vl2.export.trace import trace
+from vl2.manifest import Graph
+from vl2.model.vl2 import DeepseekVL2
+
+# What onnxruntime 1.20 reads, with opset 20.
+_IR_VERSION = 10
+
+
+def build_graph(name: str, graph: Graph, config: ModelConfig, data: DataFile) -> tuple[ir.Model, list[PlacedWeight]]:
+    """The model of a graph, without data, and its weights in the order of the data file."""
+    with torch.device("meta"):
+        module = MODULES[name](DeepseekVL2(config))
+    traced = trace(module, graph)
+    arrange_weights(traced.model, traced.weights)
+    lowered = portable.lower(traced)
+    placed = store_weights(lowered.model, lowered.weights, data)
+    _finish(lowered.model)
+    return lowered.model, placed
+
+
+def _finish(model: ir.Model) -> None:
+    """Drops the tracer's notes (they hold paths of this machine) and says who made the file."""
+    model.producer_name, model.producer_version = "vl2", None
+    model.ir_version = _IR_VERSION
+    model.metadata_props.clear()
+    for graph in all_graphs(model.graph):
+        graph.metadata_props.clear()
+        for node in graph:
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+def check_graph(path: Path, graph: Graph) -> None:
+    """onnx.checker and shape inference on the written file, its weights in place, and the ports as declared.
+
+    Failures are defects of the exporter, not of the user's files.
+    """
+    onnx.checker.check_model(str(path), full_check=True)
+    proto = onnx.load(str(path), load_external_data=False)
+    for ports, values in ((graph.inputs, proto.graph.input), (graph.outputs, proto.graph.output)):
+        found = [(value.name, _sides(value)) for value in values]
+        assert found == [(port.name, port.shape) for port in ports], f"{path} has the ports {found}"
+
+
+def _sides(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
+    return tuple(side.dim_param or side.dim_value for side in value.type.tensor_type.shape.dim)

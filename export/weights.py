@@ -1,0 +1,52 @@
+"""What a graph's initializers hold: a parameter, one expert of it, or a rearranged part of either."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+# One rearrangement: its name in LAYOUT_STEPS and its arguments.
+LayoutStep = tuple[str, tuple[int, ...]]
+
+LAYOUT_STEPS: dict[str, Callable[..., Tensor]] = {
+    "reshape": lambda tensor, *shape: tensor.reshape(shape),
+    "permute": lambda tensor, *axes: tensor.permute(axes),
+    "narrow": lambda tensor, axis, start, length: tensor.narrow(axis, start, length),
+}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where an initializer's numbers come from.
+
+    parameter: the model's name; shape: of the initializer; expert: row of a stacked parameter, if only one is held;
+    layout: what is done to the parameter (or its row) to get the initializer, in order.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    expert: int | None = None
+    layout: tuple[LayoutStep, ...] = ()
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    def of_expert(self, expert: int) -> Weight:
+        """One row of a stacked parameter."""
+        assert self.expert is None and not self.layout, f"{self.parameter} is not a whole stacked parameter"
+        return replace(self, shape=self.shape[1:], expert=expert)
+
+    def then(self, step: LayoutStep, shape: tuple[int, ...]) -> Weight:
+        """The same numbers after one more rearrangement, which gives `shape`."""
+        return replace(self, shape=shape, layout=(*self.layout, step))
+
+
+def arrange(tensor: Tensor, layout: tuple[LayoutStep, ...]) -> Tensor:
+    """Does the rearrangements, in order."""
+    for name, arguments in layout:
+        tensor = LAYOUT_STEPS[name](tensor, *arguments)
+    return tensor
