@@ -204,7 +204,7 @@ class ModelConfig:
 
     @property
     def variant(self) -> str:
-        """One of "tiny", "small", "base" by the structure of attention and router, whatever the sizes; else "custom"."""
+        """One of "tiny", "small", "base" by the structure of attention and router, not the sizes; else "custom"."""
         language = self.language_config
         structure = (language.use_mla, language.scoring_func, language.topk_method)
         named = {
