@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 GOLDENS = Path(__file__).parent / "goldens"
 MINI_CHECKPOINTS = ("tiny-mini", "small-mini", "base-mini")
+NANO = Path(__file__).parents[1] / "nano" / "checkpoint"
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +23,28 @@ def goldens() -> Path:
 def mini_folder(request: pytest.FixtureRequest) -> Path:
     """Each miniature checkpoint in turn."""
     return GOLDENS / request.param
+
+
+@pytest.fixture(scope="session")
+def bundle_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`bundle_of(checkpoint, scheme="fp32")`: the bundle, exported once for all tests and all parallel workers."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if hasattr(request.config, "workerinput") else root
+
+    def export_once(checkpoint: Path, scheme: str = "fp32") -> Path:
+        name = f"{checkpoint.parent.name if checkpoint.name == 'checkpoint' else checkpoint.name}-{scheme}.bundle"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (root / name).exists():
+                from vl2.export import ExportOptions, export_checkpoint
+
+                export_checkpoint(checkpoint, root / name, ExportOptions(scheme=scheme))
+        return root / name
+
+    return export_once
+
+
+@pytest.fixture(scope="session")
+def nano_bundle(bundle_of: Callable[..., Path]) -> Path:
+    """The fp32 bundle of the shipped vl2-nano."""
+    return bundle_of(NANO)

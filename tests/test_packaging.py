@@ -1,0 +1,60 @@
+"""What a user installs: the wheel holds every module and the shipped model, and runs where torch is not installed."""
+
+import json
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"vl2": "vl2", "model": "vl2/model", "calib": "vl2/calib", "quant": "vl2/quant", "plugins": "vl2/plugins",
+            "export": "vl2/export", "runtime": "vl2/runtime", "nano": "vl2/nano"}
+
+
+def run(*command: object, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of this tree, built from a copy without the build folders of others."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    files = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.splitlines()
+    for name in files:
+        if not name.startswith("tests/") and (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    built = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source)
+    assert built.returncode == 0, built.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_every_module_and_the_shipped_model(wheel):
+    held = set(zipfile.ZipFile(wheel).namelist())
+    expected = set()
+    for folder, package in PACKAGES.items():
+        paths = [path for path in (ROOT / folder).rglob("*.py") if "__pycache__" not in path.parts]
+        expected |= {f"{package}/{path.relative_to(ROOT / folder).as_posix()}" for path in paths}
+    expected |= {f"vl2/nano/checkpoint/{path.name}" for path in (ROOT / "nano" / "checkpoint").iterdir()}
+    assert expected | {"vl2/py.typed", "vl2/nano/demo.png"} <= held
+    assert not {name for name in held if name.split("/")[0] in {"model", "export", "runtime", "plugins", "nano"}}
+
+
+def test_an_installed_runtime_answers_where_torch_is_not_installed(wheel, nano_bundle, tmp_path):
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    installed = run(python, "-m", "pip", "install", "--quiet", wheel)
+    if installed.returncode != 0 and "No matching distribution" in installed.stderr + installed.stdout:
+        pytest.skip("no package index can be reached to install the runtime's dependencies")
+    assert installed.returncode == 0, installed.stderr
+    assert run(python, "-c", "import torch").returncode != 0
+    done = run(tmp_path / "venv" / "bin" / "vl2", "run", nano_bundle, "--image", ROOT / "nano" / "demo.png",
+               "--prompt", "What is the total?", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["stop_reason"] == "eos"
+    refused = run(tmp_path / "venv" / "bin" / "vl2-export", ROOT / "nano" / "checkpoint", "--out", "b", cwd=tmp_path)
+    assert refused.returncode == 1 and "vl2-edge[export]" in refused.stderr and not (tmp_path / "b").exists()
