@@ -29,7 +29,8 @@ def test_the_commands_of_the_readme_run_in_order(tmp_path):
     plain = next(text for command, text in outputs.items() if command.startswith("vl2 run") and "--json" not in command)
     assert plain.strip() == answer["text"]
     for code in blocks("python"):
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert answer["text"] in done.stdout
 
