@@ -11,45 +11,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-
-from vl2.config import ModelConfig
+from vl2.config import LanguageConfig, ModelConfig
 from vl2.manifest import CachePorts, Graph, Port
-from vl2.model.vl2 import DeepseekVL2
-
-
-class VisionGraph(nn.Module):
-    """Tower and projector."""
-
-    def __init__(self, model: DeepseekVL2):
-        super().__init__()
-        self.vision, self.projector = model.vision, model.projector
-
-    def forward(self, tiles: Tensor) -> Tensor:
-        return self.projector(self.vision(tiles))
-
-
-class DecoderGraph(nn.Module):
-    """Prefill and decode in one; logits of the last position only."""
-
-    def __init__(self, model: DeepseekVL2):
-        super().__init__()
-        self.language = model.language
-
-    def forward(
-        self, inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, *past: Tensor
-    ) -> tuple[Tensor, ...]:
-        hidden, new = self.language(inputs_embeds, position_ids, attention_mask, past)
-        return self.language.logits(hidden[:, -1]), *new
-
-
-# In the order in which they are exported: what fails soon comes first.
-MODULES: dict[str, type[VisionGraph] | type[DecoderGraph]] = {"vision": VisionGraph, "decoder": DecoderGraph}
 
 
 def declare_graphs(config: ModelConfig) -> dict[str, Graph]:
-    """The graphs of a checkpoint with all their ports, by name."""
+    """The graphs of a checkpoint with all their ports, by name, in the order of export."""
     return {"vision": _vision(config), "decoder": _decoder(config)}
+
+
+def cache_entries(language: LanguageConfig) -> dict[str, tuple[int, ...]]:
+    """What a layer keeps of a token: name to shape."""
+    if language.use_mla:
+        return {"latent": (language.kv_lora_rank + language.qk_rope_head_dim,)}
+    return {name: (language.kv_heads, language.head_dim) for name in ("key", "value")}
 
 
 def _vision(config: ModelConfig) -> Graph:
@@ -66,14 +41,10 @@ def _decoder(config: ModelConfig) -> Graph:
         Port("position_ids", "int64", ("batch", "tokens")),
         Port("attention_mask", "bool", ("batch", "total")),
     )
-    entry: tuple[int, ...]
-    if language.use_mla:
-        names, entry = ("latent",), (language.kv_lora_rank + language.qk_rope_head_dim,)
-    else:
-        names, entry = ("key", "value"), (language.kv_heads, language.head_dim)
-    caches = [f"{name}.{l}" for l in range(language.num_hidden_layers) for name in names]
-    past = tuple(Port(f"past_{name}", "float32", ("batch", "past", *entry)) for name in caches)
-    new = tuple(Port(f"new_{name}", "float32", ("batch", "tokens", *entry)) for name in caches)
+    entries = cache_entries(language)
+    caches = [(f"{name}.{l}", entries[name]) for l in range(language.num_hidden_layers) for name in entries]
+    past = tuple(Port(f"past_{name}", "float32", ("batch", "past", *entry)) for name, entry in caches)
+    new = tuple(Port(f"new_{name}", "float32", ("batch", "tokens", *entry)) for name, entry in caches)
     logits = Port("logits", "float32", ("batch", language.vocab_size))
-    ports = tuple(CachePorts(f"past_{name}", f"new_{name}") for name in caches)
+    ports = tuple(CachePorts(f"past_{name}", f"new_{name}") for name, _ in caches)
     return Graph("decoder.onnx", "decoder.data", (*inputs, *past), (logits, *new), ports)

@@ -1,4 +1,4 @@
-"""From a PyTorch module to ONNX nodes, with no weight in memory: the module lives on the meta device.
+"""From PyTorch modules to ONNX nodes, with no weight in memory: the modules live on the meta device.
 
 The traced graph holds standard operators and two of our own, which lowerings replace or keep:
 `vl2::Linear(x [..., K], weight [N, K], bias [N]?)` and `vl2::Experts` (see `vl2.plugins.experts.op`).
@@ -6,11 +6,11 @@ The traced graph holds standard operators and two of our own, which lowerings re
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
@@ -19,8 +19,7 @@ from onnxscript.values import Op, Opset
 from torch import nn
 
 from vl2.export.passes.fold_constants import fold_constants
-from vl2.export.weights import Weight
-from vl2.manifest import Graph, Port
+from vl2.manifest import Port
 from vl2.plugins.experts import op as experts_op
 
 # Newest opset that every ONNX Runtime from 1.20 on and TensorRT from 10.3 on reads.
@@ -32,24 +31,12 @@ _SIZES = {"batch": 2, "tokens": 3, "past": 5, "total": 8, "tiles": 2}
 _DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
 
 
-@dataclass(frozen=True)
-class TracedGraph:
-    """An ONNX model whose weights are initializers without data: `weights` says what each holds, by its name."""
-
-    model: ir.Model
-    weights: dict[str, Weight]
-
-
-def trace(module: nn.Module, graph: Graph) -> TracedGraph:
-    """Traces a module on the meta device (of `graphs.MODULES`) with the ports of `graph`."""
+def trace(module: nn.Module, inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> ir.Model:
+    """The ONNX model of a module on the meta device; initializers named as its parameters, without data."""
     experts_op.substitute_experts(module)
-    inputs = tuple(_sample(port) for port in graph.inputs)
-    dynamic = tuple(_dynamic_sides(port) for port in graph.inputs)
-    # a variadic forward takes its dynamic shapes as one nested tuple
-    fixed = len(graph.inputs) - len(graph.cache)
-    shapes = (*dynamic[:fixed], dynamic[fixed:]) if graph.cache else dynamic
+    arguments = tuple(_sample(port) for port in inputs)
     with _quiet(), torch.no_grad():
-        program = torch.export.export(module.eval(), inputs, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(module.eval(), arguments, dynamic_shapes=_dynamic(module, inputs), strict=False)
         translated = torch.onnx.export(
             program,
             dynamo=True,
@@ -57,14 +44,16 @@ def trace(module: nn.Module, graph: Graph) -> TracedGraph:
             verbose=False,
             opset_version=OPSET,
             custom_translation_table=_TRANSLATIONS,
-            input_names=[port.name for port in graph.inputs],
-            output_names=[port.name for port in graph.outputs],
+            input_names=[port.name for port in inputs],
+            output_names=[port.name for port in outputs],
         )
     model = translated.model
-    _name_sides(model, graph)
-    weights = _detach_weights(model, module)
+    _name_sides(model.graph, inputs)
+    weights = {name for name, _ in module.named_parameters()}
+    for name in weights & model.graph.initializers.keys():
+        model.graph.initializers[name].const_value = None
     fold_constants(model, weights)
-    return TracedGraph(model, weights)
+    return model
 
 
 def _sample(port: Port) -> torch.Tensor:
@@ -72,9 +61,14 @@ def _sample(port: Port) -> torch.Tensor:
     return torch.empty(shape, dtype=_DTYPES[port.dtype], device="meta")
 
 
-def _dynamic_sides(port: Port) -> dict[int, object]:
-    # total = past + tokens is found by the tracer itself
-    return {axis: torch.export.Dim.DYNAMIC for axis, side in enumerate(port.shape) if isinstance(side, str)}
+def _dynamic(module: nn.Module, inputs: tuple[Port, ...]) -> tuple:
+    """Every named side is free; that total = past + tokens the tracer finds by itself."""
+    free = torch.export.Dim.DYNAMIC
+    sides = tuple({axis: free for axis, side in enumerate(port.shape) if isinstance(side, str)} for port in inputs)
+    parameters = inspect.signature(module.forward).parameters.values()
+    fixed = sum(parameter.kind is not inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
+    # a variadic forward takes the shapes of its rest as one nested tuple
+    return sides if fixed == len(parameters) else (*sides[:fixed], sides[fixed:])
 
 
 @contextmanager
@@ -100,10 +94,8 @@ def _operator(name: str, inputs: dict[str, str], optional: tuple[str, ...] = ())
         )
         for name, dtype in inputs.items()
     ]
-    schema = OpSchema(
-        name, DOMAIN, 1, inputs=parameters, outputs=[OpSchema.FormalParameter("y", "tensor(float)")]
-    )
-    return Op(Opset(DOMAIN, 1), name, schema)
+    outputs = [OpSchema.FormalParameter("y", "tensor(float)")]
+    return Op(Opset(DOMAIN, 1), name, OpSchema(name, DOMAIN, 1, inputs=parameters, outputs=outputs))
 
 
 _LINEAR = _operator("Linear", {"x": "float", "weight": "float", "bias": "float"}, optional=("bias",))
@@ -121,38 +113,18 @@ def _experts(*inputs):
 _TRANSLATIONS = {torch.ops.aten.linear.default: _linear, torch.ops.vl2.experts.default: _experts}
 
 
-def _name_sides(model: ir.Model, graph: Graph) -> None:
+def _name_sides(graph: ir.Graph, inputs: tuple[Port, ...]) -> None:
     """Gives the tracer's symbols (s10, s1 + s29) the names of the ports, everywhere in the graph."""
     names: dict[str, str] = {}
-    for value, port in zip(model.graph.inputs, graph.inputs, strict=True):
+    for value, port in zip(graph.inputs, inputs, strict=True):
         for found, side in zip(value.shape, port.shape, strict=True):
             if isinstance(side, str):
                 names[str(found.value)] = side
-    for value in _values(model):
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
         if value.shape is not None:
-            sides = [_renamed(side, names) for side in value.shape]
-            value.shape = ir.Shape(sides)
+            value.shape = ir.Shape([_renamed(side, names) for side in value.shape])
 
 
 def _renamed(side: int | ir.SymbolicDim, names: dict[str, str]) -> int | ir.SymbolicDim:
     # other expressions (such as batch·tokens) stay nameless: a reader gains nothing from the tracer's symbols
     return side if isinstance(side, int) else ir.SymbolicDim(names.get(str(side.value)))
-
-
-def _values(model: ir.Model) -> Iterator[ir.Value]:
-    yield from model.graph.inputs
-    for node in model.graph:
-        yield from node.outputs
-
-
-def _detach_weights(model: ir.Model, module: nn.Module) -> dict[str, Weight]:
-    """Takes the (meta) tensors out of the parameters' initializers; returns what each holds."""
-    weights = {}
-    parameters = dict(module.named_parameters())
-    for name, value in list(model.graph.initializers.items()):
-        if not value.uses():
-            del model.graph.initializers[name]
-        elif name in parameters:
-            value.const_value = None
-            weights[name] = Weight(name, tuple(parameters[name].shape))
-    return weights

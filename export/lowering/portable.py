@@ -8,7 +8,8 @@ from onnx_ir import convenience
 from vl2.export.lowering.experts import ExpertsLowering
 from vl2.export.lowering.linear import LinearLowering
 from vl2.export.lowering.nodes import Scope
-from vl2.export.trace import DOMAIN, TracedGraph
+from vl2.export.assemble import TracedGraph
+from vl2.export.trace import DOMAIN
 from vl2.export.weights import Weight
 
 

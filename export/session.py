@@ -1,0 +1,51 @@
+"""A bundle's graph in onnxruntime, as plainly as possible: for verification, not for speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from vl2.manifest import Graph
+
+Cache = list[np.ndarray]
+
+_ERRORS_ONLY = 3
+
+
+class GraphSession:
+    """Runs a graph with its weights memory-mapped, none of them packed or widened at the start."""
+
+    def __init__(self, folder: Path, graph: Graph):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        # folding would keep a float32 copy of every weight that is stored as float16
+        self._session = onnxruntime.InferenceSession(
+            str(folder / graph.file), options, ["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+        )
+        self._graph = graph
+
+    def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """Outputs in the order of the graph, for inputs in its order."""
+        names = [port.name for port in self._graph.inputs]
+        return self._session.run(None, dict(zip(names, inputs, strict=True)))
+
+    def prefill(self, embeds: np.ndarray, chunk: int) -> tuple[np.ndarray, Cache]:
+        """Logits [1, V] behind the embeddings [T, H] and the cache, computed `chunk` positions at a time."""
+        cache = self._empty_cache()
+        for start in range(0, len(embeds), chunk):
+            logits, cache = self.step(embeds[start : start + chunk], start, cache)
+        return logits, cache
+
+    def step(self, embeds: np.ndarray, start: int, cache: Cache) -> tuple[np.ndarray, Cache]:
+        """Logits [1, V] and the grown cache, for embeddings [T, H] at positions from `start` on."""
+        end = start + len(embeds)
+        inputs = [embeds[None], np.arange(start, end)[None], np.ones((1, end), bool), *cache]
+        logits, *new = self.run(inputs)
+        return logits, [np.concatenate(pair, axis=1) for pair in zip(cache, new, strict=True)]
+
+    def _empty_cache(self) -> Cache:
+        past = {ports.past for ports in self._graph.cache}
+        return [np.zeros((1, 0, *port.shape[2:]), np.float32) for port in self._graph.inputs if port.name in past]
