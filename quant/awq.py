@@ -22,11 +22,15 @@ _RATIOS = tuple(i / 20 for i in range(20))
 
 @dataclass(frozen=True)
 class Consumer:
-    """A Linear at the site: weight [N, K], the statistics of its own inputs, and how it will be stored."""
+    """A Linear at the site: weight float32 [N, K], the statistics of its own inputs, and how it will be stored.
+
+    `share`: how many of the site's tokens reach it, 0 to 1.
+    """
 
     weight: Tensor
     statistics: Statistics
     scheme: Scheme
+    share: float = 1.0
 
 
 def search_scale(consumers: Sequence[Consumer], inputs: Statistics) -> Tensor:
@@ -57,7 +61,7 @@ def _candidates(consumers: Sequence[Consumer], loudness: Tensor) -> list[Tensor]
 
 def _relative_size(consumer: Consumer) -> Tensor:
     """[K]: mean over rows of |w| as a share of the largest in its group."""
-    grouped = consumer.weight.float().abs().unflatten(1, (-1, consumer.scheme.group_for(consumer.weight.shape[1])))
+    grouped = consumer.weight.abs().unflatten(1, (-1, consumer.scheme.group_for(consumer.weight.shape[1])))
     largest = grouped.amax(dim=-1, keepdim=True).clamp(min=1e-12)
     return (grouped / largest).flatten(1).mean(dim=0)
 
@@ -68,14 +72,14 @@ def _centred(scale: Tensor) -> Tensor:
 
 
 def _loss(consumer: Consumer, scale: Tensor) -> float:
-    return output_error(consumer.weight.float(), _rounded(consumer, scale), consumer.statistics.hessian)
+    return consumer.share * output_error(consumer.weight, _rounded(consumer, scale), consumer.statistics.hessian)
 
 
 def _diagonal_loss(consumer: Consumer, scale: Tensor) -> float:
     difference = _rounded(consumer, scale) - consumer.weight
-    return float((difference.square() * consumer.statistics.importance).sum())
+    return consumer.share * float((difference.square() * consumer.statistics.importance).sum())
 
 
 def _rounded(consumer: Consumer, scale: Tensor) -> Tensor:
     """Q(W · diag(s)) · diag(1/s), by rounding to nearest."""
-    return rtn(consumer.weight.float() * scale, None, consumer.scheme).dequantize() / scale
+    return rtn(consumer.weight * scale, None, consumer.scheme).dequantize() / scale

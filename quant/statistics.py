@@ -49,12 +49,16 @@ class LayerStatistics:
     def __contains__(self, site: str) -> bool:
         return f"{site}.tokens" in self._entries
 
+    def tokens(self, name: str) -> int:
+        """Text and image tokens that reached the site."""
+        return int(self._raw(f"{name}.tokens").sum())
+
     def site(self, name: str) -> Statistics:
         """Raises VL2Error naming file and tensor on a missing, misshapen or non-finite one.
 
         A site without tokens is all zeros, whatever the file holds: a mean of nothing may be NaN.
         """
-        tokens = int(self._raw(f"{name}.tokens").sum())
+        tokens = self.tokens(name)
         if tokens == 0:
             size = self._entry(f"{name}.abs_mean").shape[0]
             return Statistics(torch.zeros(size, size), torch.zeros(size), 0)
@@ -69,6 +73,21 @@ class LayerStatistics:
         if bool((hessian.diagonal() < 0).any()):
             raise VL2Error(f"{self.path}: `{name}.hessian` has a negative diagonal, no sum of squares has")
         return Statistics(hessian, abs_mean, tokens)
+
+    def with_extra(self, name: str, own: Statistics) -> Statistics:
+        """`own`, the statistics of site `name`, joined by those of tokens that nearly went there, if the file has them.
+
+        `{name}.extra` is a site of its own, `{name}.extra.weight` says how many of the expert's tokens it stands for.
+        """
+        if f"{name}.extra" not in self:
+            return own
+        extra, weight = self.site(f"{name}.extra"), float(self._read(f"{name}.extra.weight"))
+        share = own.tokens / (own.tokens + weight)
+        return Statistics(
+            torch.lerp(extra.hessian, own.hessian, share),
+            torch.lerp(extra.abs_mean, own.abs_mean, share),
+            own.tokens + int(weight),
+        )
 
     def _read(self, name: str) -> Tensor:
         return read_tensor(self._entry(name)).float()

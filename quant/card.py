@@ -1,0 +1,83 @@
+"""The model card of a quantized checkpoint (README.md), from the facts of its quantization.json alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from statistics import median
+from typing import Any
+
+from vl2.modules import module_of
+from vl2.quant.objective import signal_to_noise_db
+
+_HEAD = """# {name}, {recipe}
+
+`{name}` quantized by vl2 in the compressed-tensors layout `pack-quantized`: symmetric integers with float16 scales,
+weights only. Activations stay in floating point.
+
+    vl2 export THIS_FOLDER --out model.bundle
+
+"""
+
+
+def model_card(facts: Mapping[str, Any]) -> str:
+    """Markdown. facts: the content of quantization.json."""
+    recipe = facts["recipe"]
+    text = _HEAD.format(name=facts["source"]["name"], recipe=recipe["name"])
+    text += f"Method: `{facts['method']}`. {_calibration(facts['calibration'])}\n\n## Recipe\n\n"
+    text += _table(("modules", "scheme"), ((f"`{rule['modules']}`", rule["scheme"]) for rule in recipe["rules"]))
+    text += "\n## What it cost\n\n"
+    text += "SQNR: of each matrix's output on the calibration inputs (of its weights where there were none).\n\n"
+    columns = ("module", "matrices", "scheme", "bytes", "SQNR median, dB", "SQNR worst, dB", "worst matrix")
+    text += _table(columns, _module_rows(facts))
+    fallbacks = _fallbacks(facts["matrices"])
+    if fallbacks:
+        text += "\nMatrices whose inputs the scheme's group does not divide took a smaller one:\n\n"
+        text += _table(("modules", "matrices", "group"), fallbacks)
+    text += "\n## Source files\n\n"
+    text += _table(("file", "sha256"), ((name, f"`{digest}`") for name, digest in facts["source"]["files"].items()))
+    return text
+
+
+def _calibration(calibration: Mapping[str, Any] | None) -> str:
+    if calibration is None:
+        return "No calibration data."
+    return "Calibration: " + ", ".join(f"{key} {value}" for key, value in calibration.items()) + "."
+
+
+def _module_rows(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    by_module: dict[str, list[Mapping[str, Any]]] = {}
+    for matrix in facts["matrices"]:
+        by_module.setdefault(module_of(matrix["module"] + ".weight"), []).append(matrix)
+    rows = []
+    for module, size in facts["modules"].items():
+        matrices = by_module.get(module, [])
+        if not matrices:
+            rows.append((module, "", "as it was", f"{size:,}", "", "", ""))
+            continue
+        worst = max(matrices, key=lambda matrix: matrix["relative_error"])
+        middle = signal_to_noise_db(median(matrix["relative_error"] for matrix in matrices))
+        schemes = ", ".join(sorted({matrix["scheme"] for matrix in matrices}))
+        lowest = signal_to_noise_db(worst["relative_error"])
+        rows.append((
+            module, str(len(matrices)), schemes, f"{size:,}", f"{middle:.1f}", f"{lowest:.1f}", f"`{worst['module']}`"
+        ))  # fmt: skip
+    return rows
+
+
+def _fallbacks(matrices: list[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """By kind of module, numbers replaced by `*`."""
+    counts: dict[tuple[str, int | None], int] = {}
+    for matrix in matrices:
+        if matrix["fell_back"]:
+            kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", matrix["module"]), matrix["group_size"]
+            counts[kind] = counts.get(kind, 0) + 1
+    return [
+        (f"`{module}`", str(count), "one scale a row" if group is None else str(group))
+        for (module, group), count in counts.items()
+    ]
+
+
+def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [columns, ("---",) * len(columns), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,0 +1,68 @@
+"""The methods by name, as the ablation compares them: which folds, and which candidates a matrix may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vl2.errors import VL2Error
+from vl2.quant.affine import Quantized
+from vl2.quant.choice import Choice, choose
+from vl2.quant.gptq import factorize, gptq_codes
+from vl2.quant.imatrix import imatrix
+from vl2.quant.rtn import rtn
+from vl2.quant.scheme import Scheme
+from vl2.quant.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Method:
+    """`folds`: scale inputs first (AWQ). `candidates`: tried beside rounding; "gptq+search" needs "search" with it."""
+
+    folds: bool
+    candidates: tuple[str, ...]
+
+    @property
+    def needs_statistics(self) -> bool:
+        return self.folds or any(name.startswith("gptq") for name in self.candidates)
+
+
+METHODS = {
+    "rtn": Method(False, ()),
+    "search": Method(False, ("search",)),
+    "awq": Method(True, ()),
+    "awq+search": Method(True, ("search",)),
+    "gptq": Method(False, ("gptq",)),
+    "gptq+search": Method(False, ("search", "gptq", "gptq+search")),
+    "awq+gptq": Method(True, ("search", "gptq", "gptq+search")),
+}
+DEFAULT_METHOD = "awq+gptq"
+
+
+def method_named(name: str) -> Method:
+    """Raises VL2Error listing the methods when there is none of this name."""
+    if name not in METHODS:
+        raise VL2Error(f"there is no method `{name}`, expected one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def quantize_weight(weight: Tensor, statistics: Statistics | None, scheme: Scheme, method: Method) -> Choice:
+    """The method's candidate with the least output error on the statistics' Hessian, rounding among them.
+
+    weight: [N, K] float32, rows of all Linears that share the site and the scheme (one factorisation serves them).
+    Raises VL2Error when the method needs statistics and there are none.
+    """
+    if method.needs_statistics and statistics is None:
+        raise VL2Error("this method needs calibration statistics", "calibrate first, or use the method `search`")
+    candidates = {"rtn": rtn(weight, statistics, scheme)}
+    if "search" in method.candidates:
+        candidates["search"] = imatrix(weight, statistics, scheme)
+    rescaled = {"gptq": "rtn", "gptq+search": "search"}
+    wanted = [name for name in rescaled if name in method.candidates]
+    factor = factorize(statistics.hessian) if wanted else None
+    # where no damping gives a factor, rounding with searched scales is what remains
+    for name in wanted if factor is not None else ():
+        scales = candidates[rescaled[name]].scales
+        candidates[name] = Quantized(gptq_codes(weight, scales, scheme.bits, factor), scales, scheme.bits)
+    return choose(weight, candidates, None if statistics is None else statistics.hessian)

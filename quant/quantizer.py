@@ -1,0 +1,212 @@
+"""A checkpoint into a quantized one, part by part: bounded memory, resumable, renamed into place whole.
+
+Beside OUT lies `OUT.partial/` while the job runs: one shard and one report a finished part, and `job.json`, which says
+what the folder was begun with.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vl2.errors import VL2Error
+from vl2.json_file import from_json, read_json, to_json
+from vl2.quant.checkpoint import TensorReader, packed_tensors
+from vl2.quant.fold import Stage
+from vl2.quant.linears import HEAD, WEIGHT
+from vl2.quant.method import METHODS, method_named
+from vl2.quant.parts import Part, split_parts
+from vl2.quant.publish import publish
+from vl2.quant.quantization_config import form_of
+from vl2.quant.recipe import OuterParts, Recipe, assign_schemes, builtin_recipe, read_recipe
+from vl2.quant.shard import write_shard, write_text
+from vl2.quant.sites import Site, Unit, layer_units, router_of
+from vl2.quant.source import Source
+from vl2.quant.stage import MatrixReport, PartResult, quantize_plain, quantize_stage
+from vl2.quant.statistics import LayerStatistics
+from vl2.safetensors_file import read_header
+
+Progress = Callable[[str, int, int], None]
+_HEAD_SITE = "lm_head.input"
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """recipe: a built-in name or the path of a recipe file; outer: for built-in recipes only; method: of `METHODS`;
+    calibration: what the statistics were made from, for the model card; force: replace an existing output.
+    """
+
+    recipe: str = "int4"
+    outer: OuterParts = field(default_factory=OuterParts)
+    method: str = "search"
+    calibration: Mapping[str, Any] | None = None
+    force: bool = False
+
+
+def quantize_checkpoint(
+    source: Path, out: Path, options: QuantizeOptions | None = None, progress: Progress | None = None
+) -> Path:
+    """Quantizes a checkpoint folder without calibration; returns `out`, a compressed-tensors checkpoint.
+
+    progress(module, done, total) is called after each matrix. Raises VL2Error on an existing `out` (unless forced), a
+    partial one begun otherwise, a method that needs calibration, and as the recipe and the checkpoint do.
+    """
+    options = options or QuantizeOptions()
+    if method_named(options.method).needs_statistics:
+        without = ", ".join(name for name, method in METHODS.items() if not method.needs_statistics)
+        raise VL2Error(
+            f"the method `{options.method}` needs calibration statistics", f"calibrate first, or choose {without}"
+        )
+    quantizer = Quantizer(source, out, options, progress)
+    for part in quantizer.parts:
+        quantizer.quantize_part(part)
+    return quantizer.finish()
+
+
+class Quantizer:
+    """One job. `quantize_layer` is what calibration's stream calls back; `finish` does what no layer covers."""
+
+    def __init__(self, source: Path, out: Path, options: QuantizeOptions, progress: Progress | None = None):
+        self.source, self.out, self.options = Source(source), Path(out), options
+        self.recipe = _recipe(options, self.source)
+        self.method = method_named(options.method)
+        self.schemes = assign_schemes(self.recipe, self.source.config)
+        self.parts = split_parts(self.source.entries)
+        self._work = self.out.with_name(self.out.name + ".partial")
+        self._progress = progress
+        self._done = 0
+        self._begin()
+
+    def quantize_layer(self, layer: int, stage: str, statistics: Path) -> Mapping[str, Tensor]:
+        """The tensors of a layer's stage ("attention" or "mlp"), dequantized float32, by the checkpoint's names.
+
+        Codes go into the layer's shard; the mapping reads and dequantizes a tensor each time it is asked for one. What
+        folds changed (norms, the router) is among them. A part that is done already is read back.
+        """
+        part = Part(stage, layer)
+        self.quantize_part(part, LayerStatistics(statistics))
+        forms = {module: form_of(scheme) for module, scheme in self.schemes.items()}
+        return TensorReader(read_header(self._shard(part)), forms)
+
+    def quantize_part(self, part: Part, statistics: LayerStatistics | None = None) -> None:
+        """Quantizes and writes one part, unless an interrupted run did. Layers without statistics: searched scales."""
+        if part not in self.parts:
+            raise VL2Error(f"the checkpoint has no {part}", f"its parts are {', '.join(map(str, self.parts))}")
+        if self._report_file(part).exists():
+            self._count_done(part)
+            return
+        result = self._result(part, statistics)
+        write_shard(self._shard(part), self._tensors(part, result))
+        write_text(self._report_file(part), json.dumps(to_json(result.reports)))
+
+    def finish(self, head_statistics: Path | None = None) -> Path:
+        """Quantizes the parts around the layers, writes index, configuration and card, and renames into place.
+
+        head_statistics: calibration's file with the site `lm_head.input`, if there is one. Raises VL2Error naming the
+        first layer that was not quantized.
+        """
+        for part in self.parts:
+            if part.layer is None:
+                head = LayerStatistics(head_statistics) if head_statistics and part.stage == "head" else None
+                self.quantize_part(part, head)
+            elif not self._report_file(part).exists():
+                raise VL2Error(f"{part} was not quantized", "run the calibration to its end")
+        reports = [report for part in self.parts for report in self._read_reports(part)]
+        shards = {self._shard(part).name: read_header(self._shard(part)) for part in self.parts}
+        publish(self.source, self._work, shards, self.description(reports))
+        for name in ("job.json", *(self._report_file(part).name for part in self.parts)):
+            (self._work / name).unlink()
+        replaced = self.out.with_name(self.out.name + ".replaced")
+        if self.out.exists():
+            self.out.replace(replaced)
+        self._work.replace(self.out)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        return self.out
+
+    def description(self, reports: list[MatrixReport]) -> dict[str, Any]:
+        """What `quantization.json` says of the job."""
+        forms = {module: form_of(scheme) for module, scheme in self.schemes.items()}
+        return {
+            "recipe": self.recipe, "method": self.options.method, "calibration": self.options.calibration,
+            "forms": forms, "matrices": reports,
+        }  # fmt: skip
+
+    def _result(self, part: Part, statistics: LayerStatistics | None) -> PartResult:
+        modules = [name.removesuffix(WEIGHT) for name in self.parts[part] if name.endswith(WEIGHT)]
+        schemes = {module: self.schemes[module] for module in modules if self.schemes.get(module) is not None}
+        if statistics is None:
+            return quantize_plain(self.source, schemes, self.method, self._count)
+        stage = Stage(self.source, statistics, self.schemes)
+        if part.stage == "head":
+            return quantize_stage(stage, [Unit((Site(_HEAD_SITE, (HEAD,)),))], None, self.method, self._count)
+        language = self.source.config.language_config
+        units = layer_units(language, part.layer, part.stage)
+        return quantize_stage(stage, units, router_of(language, part.layer, part.stage), self.method, self._count)
+
+    def _tensors(self, part: Part, result: PartResult) -> dict[str, Tensor]:
+        """The part's tensors in the source's order, packed, folded or as they were."""
+        tensors: dict[str, Tensor] = {}
+        for name in self.parts[part]:
+            module = name.removesuffix(WEIGHT)
+            if name.endswith(WEIGHT) and module in result.quantized:
+                tensors |= packed_tensors(module, result.quantized[module])
+            else:
+                tensors[name] = result.folded[name] if name in result.folded else self.source.tensor(name)
+        return tensors
+
+    def _begin(self) -> None:
+        if self.out.exists() and not self.options.force:
+            raise VL2Error(f"{self.out} exists", "give another name, or --force to replace it")
+        job = {
+            "source": self.source.fingerprint(), "recipe": to_json(self.recipe), "method": self.options.method,
+            "calibration": to_json(self.options.calibration),
+        }  # fmt: skip
+        path = self._work / "job.json"
+        if not self._work.exists():
+            self._work.mkdir(parents=True)
+            write_text(path, json.dumps(job))
+        elif not path.exists() or read_json(path) != json.loads(json.dumps(job)):
+            raise VL2Error(
+                f"{self._work} was begun from another checkpoint or with other options",
+                "remove it to begin anew, or repeat the command it was begun with",
+            )
+
+    def _count(self, module: str) -> None:
+        if self.schemes[module] is not None:
+            self._done += 1
+            if self._progress is not None:
+                self._progress(module, self._done, sum(scheme is not None for scheme in self.schemes.values()))
+
+    def _count_done(self, part: Part) -> None:
+        for report in self._read_reports(part):
+            self._count(report.module)
+
+    def _read_reports(self, part: Part) -> list[MatrixReport]:
+        path = self._report_file(part)
+        return [from_json(MatrixReport, value, str(path)) for value in json.loads(path.read_text(encoding="utf-8"))]
+
+    def _shard(self, part: Part) -> Path:
+        index, count = list(self.parts).index(part) + 1, len(self.parts)
+        return self._work / f"model-{index:05}-of-{count:05}.safetensors"
+
+    def _report_file(self, part: Part) -> Path:
+        return self._shard(part).with_suffix(".json")
+
+
+def _recipe(options: QuantizeOptions, source: Source) -> Recipe:
+    path = Path(options.recipe)
+    if path.suffix != ".json":
+        return builtin_recipe(options.recipe, source.config, options.outer)
+    if options.outer != OuterParts():
+        raise VL2Error(
+            f"{path} is a recipe file, which decides on vision, lm_head and embeddings itself",
+            "leave those options out, or edit the file",
+        )
+    return read_recipe(path)

@@ -1,0 +1,125 @@
+"""One part of a checkpoint from weights to codes: folds first, then every matrix by its site's statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vl2.errors import VL2Error
+from vl2.quant.affine import SMALLEST_SCALE, Quantized
+from vl2.quant.fold import Stage, fold_norms, fold_unit, search_norm_scales
+from vl2.quant.method import METHODS, Method, quantize_weight
+from vl2.quant.objective import relative_error
+from vl2.quant.recipe import fell_back
+from vl2.quant.scheme import Scheme
+from vl2.quant.sites import Site, Unit
+from vl2.quant.source import Source
+from vl2.quant.statistics import Statistics
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """How one matrix fared. Errors are of its output on the calibration statistics (of its weights without any).
+
+    `over_rtn`: error over rounding's, for all Linears quantized together; `tokens`: that reached it; `smallest_scales`:
+    scales raised to the smallest that is stored; `fell_back`: the group is not the scheme's (`Scheme.group_for`).
+    """
+
+    module: str
+    scheme: str
+    group_size: int | None
+    method: str
+    relative_error: float
+    over_rtn: float
+    tokens: int
+    smallest_scales: int
+    fell_back: bool
+
+
+@dataclass
+class PartResult:
+    """Codes by module, tensors that a fold changed by their full name (float32), and the reports."""
+
+    quantized: dict[str, Quantized] = field(default_factory=dict)
+    folded: dict[str, Tensor] = field(default_factory=dict)
+    reports: list[MatrixReport] = field(default_factory=list)
+
+
+def quantize_plain(source: Source, schemes: Mapping[str, Scheme], method: Method, report: Report) -> PartResult:
+    """Every module of `schemes` for itself, without statistics; methods that need them fall to searched scales."""
+    method = METHODS["search"] if method.needs_statistics else method
+    result = PartResult()
+    for module, scheme in schemes.items():
+        _quantize_together(result, {module: source.weight(module)}, None, scheme, method)
+        report(module)
+    return result
+
+
+def quantize_stage(
+    stage: Stage, units: list[Unit], router: str | None, method: Method, report: Report
+) -> PartResult:
+    """A decoder layer's attention or mlp by its statistics, one unit's weights in memory at a time.
+
+    router: the module that reads the mlp's input beside the units, or None.
+    """
+    result = PartResult()
+    norm_scales = search_norm_scales(stage, units) if method.folds else {}
+    result.folded |= fold_norms(stage, norm_scales, router)
+    for unit in units:
+        weights = {module: stage.source.weight(module) for module in unit.modules}
+        scales: dict[str, Tensor] = {}
+        if method.folds:
+            scales, biases = fold_unit(stage, unit, weights, norm_scales)
+            result.folded |= biases
+        for site in unit.sites:
+            _quantize_site(stage, site, weights, scales.get(site.name), (method, result))
+        for module in unit.modules:
+            report(module)
+    return result
+
+
+def _quantize_site(
+    stage: Stage, site: Site, weights: Mapping[str, Tensor], scale: Tensor | None, into: tuple[Method, PartResult]
+) -> None:
+    method, result = into
+    statistics = stage.regularised(site)
+    if scale is not None:
+        statistics = statistics.scaled_inputs(scale)
+    for scheme, modules in _by_scheme(stage.schemes, site.consumers):
+        _quantize_together(result, {module: weights[module] for module in modules}, statistics, scheme, method)
+
+
+def _by_scheme(schemes: Mapping[str, Scheme | None], modules: tuple[str, ...]) -> Iterator[tuple[Scheme, list[str]]]:
+    groups: dict[Scheme, list[str]] = {}
+    for module in modules:
+        scheme = schemes[module]
+        if scheme is not None:
+            groups.setdefault(scheme, []).append(module)
+    yield from groups.items()
+
+
+def _quantize_together(
+    result: PartResult, weights: Mapping[str, Tensor], statistics: Statistics | None, scheme: Scheme, method: Method
+) -> None:
+    """Rows of several Linears as one matrix: they share inputs, so one Hessian and one factorisation."""
+    try:
+        choice = quantize_weight(torch.cat(list(weights.values())), statistics, scheme, method)
+    except VL2Error as error:
+        raise VL2Error(f"`{next(iter(weights))}`: {error.message}", error.hint) from error
+    rows = [len(weight) for weight in weights.values()]
+    parts = zip(choice.quantized.codes.split(rows), choice.quantized.scales.split(rows), strict=True)
+    hessian = None if statistics is None else statistics.hessian
+    for (module, weight), (codes, scales) in zip(weights.items(), parts, strict=True):
+        quantized = Quantized(codes, scales, scheme.bits)
+        result.quantized[module] = quantized
+        result.reports.append(MatrixReport(
+            module=module, scheme=scheme.name, group_size=scheme.group_size, method=choice.method,
+            relative_error=relative_error(weight, quantized.dequantize(), hessian), over_rtn=choice.over_rtn,
+            tokens=0 if statistics is None else statistics.tokens,
+            smallest_scales=int((scales.float() == SMALLEST_SCALE).sum()), fell_back=fell_back(scheme),
+        ))  # fmt: skip
