@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import onnx_ir as ir
-from torch import nn
+import torch
 
-from vl2.export.pieces import Piece
+from vl2.config import ModelConfig
+from vl2.export.graphs import declare_graphs
+from vl2.export.pieces import Piece, pieces_of
 from vl2.export.trace import DOMAIN, OPSET, trace
 from vl2.export.weights import Weight
-from vl2.manifest import Graph, Port
+from vl2.manifest import Port
+from vl2.model.vl2 import DeepseekVL2
 
 _TYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64, "bool": ir.DataType.BOOL}
 
@@ -24,25 +27,42 @@ class TracedGraph:
     weights: dict[str, Weight]
 
 
-def assemble(graph: Graph, pieces: Iterable[Piece], model: nn.Module) -> TracedGraph:
-    """The traced graph with the ports of `graph`. model: holds the parameters of all pieces, by which weights are named."""
+def assemble(name: str, config: ModelConfig) -> TracedGraph:
+    """The traced graph of a name in `declare_graphs`."""
+    with torch.device("meta"):
+        model = DeepseekVL2(config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    kinds, graph = _trace_kinds(name, config), declare_graphs(config)[name]
     inputs = [_input(port) for port in graph.inputs]
     values, weights = {value.name: value for value in inputs}, {}
     whole = ir.Graph(inputs, [], nodes=[], opset_imports={"": OPSET, DOMAIN: 1}, name=graph.file.partition(".")[0])
-    kinds: dict[str, ir.Graph] = {}
-    for number, piece in enumerate(pieces):
-        local = {name: names[id(parameter)] for name, parameter in piece.module.named_parameters()}
-        if piece.kind not in kinds:
-            kinds[piece.kind] = trace(piece.module, piece.inputs, piece.outputs).graph
+    for number, piece in enumerate(pieces_of(name, model)):
         copy = kinds[piece.kind].clone()
         _connect(copy, [values[port.name] for port in piece.inputs])
-        _share_weights(copy, whole, weights, {name: (local[name], piece.module.get_parameter(name)) for name in local})
+        _share_weights(copy, whole, weights, _model_names(piece, names))
         _rename(copy, f"{number}.", piece.outputs)
         values |= {value.name: value for value in copy.outputs}
         _move(copy, whole, f"{number}.")
     whole.outputs.extend(values[port.name] for port in graph.outputs)
     return TracedGraph(ir.Model(whole, ir_version=10), weights)
+
+
+@lru_cache(maxsize=2)
+def _trace_kinds(name: str, config: ModelConfig) -> dict[str, ir.Graph]:
+    """Each kind of piece, traced; kept because the schemes of a checkpoint share it. Copy before use."""
+    with torch.device("meta"):
+        model = DeepseekVL2(config)
+    kinds: dict[str, ir.Graph] = {}
+    for piece in pieces_of(name, model):
+        if piece.kind not in kinds:
+            kinds[piece.kind] = trace(piece.module, piece.inputs, piece.outputs).graph
+    return kinds
+
+
+def _model_names(piece: Piece, names: dict[int, str]) -> dict[str, Weight]:
+    """What each parameter of a piece is in the model, by its name in the piece."""
+    parameters = piece.module.named_parameters()
+    return {local: Weight(names[id(parameter)], tuple(parameter.shape)) for local, parameter in parameters}
 
 
 def _input(port: Port) -> ir.Value:
@@ -54,16 +74,16 @@ def _connect(copy: ir.Graph, values: list[ir.Value]) -> None:
         taken.replace_all_uses_with(given)
 
 
-def _share_weights(copy: ir.Graph, whole: ir.Graph, weights: dict[str, Weight], parameters: dict) -> None:
-    """Makes the copy read the whole graph's initializers. parameters: local name to (the model's name, parameter)."""
-    for local, (name, parameter) in parameters.items():
+def _share_weights(copy: ir.Graph, whole: ir.Graph, weights: dict[str, Weight], parameters: dict[str, Weight]) -> None:
+    """Makes the copy read the whole graph's initializers, which are named as the model's parameters."""
+    for local, weight in parameters.items():
         taken = copy.initializers.pop(local, None)
         if taken is None or not taken.uses():
             continue
-        shape = tuple(parameter.shape)
-        value = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))
+        name = weight.parameter
+        value = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(weight.shape))
         whole.initializers.add(value)
-        weights[name] = Weight(name, shape)
+        weights[name] = weight
         taken.replace_all_uses_with(value)
 
 

@@ -33,7 +33,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """scheme: how weights are stored, "fp32" or "fp16"; verify: compare the graphs with PyTorch; force: replace a bundle."""
+    """scheme: how weights are stored, "fp32" or "fp16"; verify: compare the graphs with PyTorch;
+    force: replace the bundle that is there."""
 
     scheme: str = "fp16"
     verify: bool = True
@@ -111,7 +112,7 @@ def _write_graph(job: Job, name: str) -> dict[str, Any]:
     graph = declare_graphs(job.checkpoint.config)[name]
     data = DataFile(graph.data_file, job.options.scheme, job.checkpoint.shapes)
     job.progress(f"{name} graph", 0, 1)
-    model, placed = build_graph(name, graph, job.checkpoint.config, data)
+    model, placed = build_graph(name, job.checkpoint.config, data)
     job.progress(f"{name} graph", 1, 1)
     record = _write_weights(job, name, graph.data_file, placed)
     path = job.staging.folder / graph.file

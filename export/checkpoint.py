@@ -46,7 +46,7 @@ class Checkpoint:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Reads config and headers and checks names, shapes and dtypes of all tensors; raises VL2Error."""
     if not folder.is_dir():
-        raise VL2Error(f"there is no checkpoint folder {folder}", "give a folder with config.json and safetensors files")
+        raise VL2Error(f"there is no checkpoint folder {folder}", "give one with config.json and safetensors files")
     config = load_config(folder)
     scaling = config.language_config.rope_scaling
     if scaling is not None and scaling.type == "dynamic":

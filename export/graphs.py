@@ -1,9 +1,10 @@
 """The graphs of a bundle: the only place that names their inputs, outputs and dynamic sides.
 
-| graph | inputs | outputs |
-|---|---|---|
-| vision | tiles [tiles, 3, S, S] | image_features [tiles, h², H] |
-| decoder | inputs_embeds [batch, tokens, H], position_ids [batch, tokens] int64, attention_mask [batch, total] bool, past_… | logits [batch, V] of the last position, new_… |
+vision:   tiles [tiles, 3, S, S]
+       →  image_features [tiles, h², H]
+decoder:  inputs_embeds [batch, tokens, H], position_ids [batch, tokens] int64, attention_mask [batch, total] bool,
+          past_…
+       →  logits [batch, V] of the last position, new_…
 
 `total` is past + tokens. Per layer l the caches are `past_key.l`, `past_value.l` [batch, past, kv_heads, head_dim] or
 `past_latent.l` [batch, past, R + dr], and `new_…` with the entries of the new tokens only. Everything else is float32.

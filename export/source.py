@@ -13,7 +13,7 @@ _PATTERNS = ("*.json", "*.safetensors")
 
 
 def resolve_source(name_or_path: str | Path) -> Path:
-    """The checkpoint folder: the path itself, or the hub's snapshot, fetched with progress and resumed where it broke off.
+    """The checkpoint folder: the path itself, or the hub's snapshot, fetched with progress, resumed where it broke off.
 
     Raises VL2Error for a folder that does not exist and for a model that cannot be fetched.
     """

@@ -105,7 +105,8 @@ def check_space(staging: Staging, bundle_bytes: int) -> None:
     free = shutil.disk_usage(staging.folder).free
     if free < bundle_bytes - written:
         raise VL2Error(
-            f"{staging.out.parent} has {free / 1e9:.2f} GB free, the bundle needs {(bundle_bytes - written) / 1e9:.2f} GB",
+            f"{staging.out.parent} has {free / 1e9:.2f} GB free, and {staging.out.name} needs "
+            f"{(bundle_bytes - written) / 1e9:.2f} GB",
             "free space, or give an --out on another disk",
         )
 

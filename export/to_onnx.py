@@ -6,26 +6,21 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-import torch
 
 from vl2.config import ModelConfig
 from vl2.export.assemble import assemble
 from vl2.export.lowering import portable
 from vl2.export.passes.arrange_weights import arrange_weights
 from vl2.export.passes.store_weights import DataFile, PlacedWeight, all_graphs, store_weights
-from vl2.export.pieces import pieces_of
 from vl2.manifest import Graph
-from vl2.model.vl2 import DeepseekVL2
 
 # What onnxruntime 1.20 reads, with opset 20.
 _IR_VERSION = 10
 
 
-def build_graph(name: str, graph: Graph, config: ModelConfig, data: DataFile) -> tuple[ir.Model, list[PlacedWeight]]:
+def build_graph(name: str, config: ModelConfig, data: DataFile) -> tuple[ir.Model, list[PlacedWeight]]:
     """The model of a graph, without data, and its weights in the order of the data file."""
-    with torch.device("meta"):
-        model = DeepseekVL2(config)
-    traced = assemble(graph, pieces_of(name, model), model)
+    traced = assemble(name, config)
     arrange_weights(traced.model, traced.weights)
     lowered = portable.lower(traced)
     placed = store_weights(lowered.model, lowered.weights, data)

@@ -133,7 +133,7 @@ def _merge(prompt: Prompt, features: torch.Tensor, tables: Tables, manifest: Man
 
 
 def _decode(folder: Path, manifest: Manifest, embeds: np.ndarray) -> tuple[np.ndarray, list[int], np.ndarray]:
-    """Greedy decoding by the graph: logits [1 + steps, V], the tokens they choose, first logits after chunked prefill."""
+    """Greedy decoding: logits [1 + steps, V], the tokens they choose, and the first logits after chunked prefill."""
     session = GraphSession(folder, manifest.graphs["decoder"])
     chunked = session.prefill(embeds, chunk=math.ceil(len(embeds) / 3))[0]
     logits, cache = session.prefill(embeds, chunk=len(embeds))

@@ -1,7 +1,7 @@
 """`vl2::Experts` in standard operators: one `If` an expert, so that only experts with tokens are computed.
 
-Every expert's matrices are initializers of their own (consecutive rows of the stacked parameter in the data file), read in
-place: no gathered copy. `plugins/experts/README.md` has the measurements behind this form.
+Every expert's matrices are initializers of their own (consecutive rows of the stacked parameter in the data file), read
+in place: no gathered copy. `plugins/experts/README.md` has the measurements behind this form.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir import convenience
 
+from vl2.export.assemble import TracedGraph
 from vl2.export.lowering.experts import ExpertsLowering
 from vl2.export.lowering.linear import LinearLowering
 from vl2.export.lowering.nodes import Scope
-from vl2.export.assemble import TracedGraph
 from vl2.export.trace import DOMAIN
 from vl2.export.weights import Weight
 

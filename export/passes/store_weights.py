@@ -73,7 +73,8 @@ def _refer(value: ir.Value, place: PlacedWeight, file: str) -> None:
 def _cast_at_use(value: ir.Value) -> None:
     """At use, not once: the float32 copy of an expert then lives only while that expert computes."""
     for use in list(value.uses()):
-        cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", ir.DataType.FLOAT)], name=f"{use.node.name}.widen.{use.idx}")
+        to_float = ir.AttrInt64("to", ir.DataType.FLOAT)
+        cast = ir.Node("", "Cast", [value], [to_float], name=f"{use.node.name}.widen.{use.idx}")
         widened = cast.outputs[0]
         widened.name, widened.type, widened.shape = cast.name, ir.TensorType(ir.DataType.FLOAT), value.shape
         use.node.graph.insert_before(use.node, cast)

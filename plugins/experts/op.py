@@ -1,7 +1,7 @@
 """The routed experts as one operator: the tracer sees one node, each lowering decides how it computes.
 
-`experts` is the signature and the reference; other forms (`vl2.model.moe.Experts`, ONNX lowerings, kernels) are compared
-with it.
+`experts` is the signature and the reference; other forms (`vl2.model.moe.Experts`, ONNX lowerings, kernels) are
+compared with it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ INPUTS = {
 
 
 @torch.library.custom_op("vl2::experts", mutates_args=())
-def experts(x: Tensor, idx: Tensor, weights: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:
+def experts(  # noqa: PLR0913  (an operator takes tensors, not a dataclass)
+    x: Tensor, idx: Tensor, weights: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor
+) -> Tensor:
     """y[n] = Σ_j weights[n, j] · down_e(silu(gate_e(x[n])) ⊙ up_e(x[n])) with e = idx[n, j] (specification 9).
 
     x: [N, H]; idx: [N, k] int64, no expert twice in a row; weights: [N, k] float32; gate_proj, up_proj: [E, I, H];
@@ -40,7 +42,7 @@ def experts(x: Tensor, idx: Tensor, weights: Tensor, gate_proj: Tensor, up_proj:
 
 
 @experts.register_fake
-def _(x: Tensor, idx: Tensor, weights: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:
+def _(x, idx, weights, gate_proj, up_proj, down_proj):  # noqa: PLR0913
     return torch.empty_like(x)
 
 
