@@ -42,7 +42,8 @@ def _memory_map(path: Path, entry, name: str, shape: tuple[int, ...]) -> np.ndar
     if entry.shape != shape or entry.dtype not in _STORED:
         raise VL2Error(f"{path}: {name} is {entry.dtype} {list(entry.shape)}, "
                        f"expected {list(shape)} in {', '.join(_STORED)}", remedy)
-    return np.memmap(path, _STORED[entry.dtype], "r", entry.offset, shape)
+    # As a plain array: indexing the subclass costs ten times as much.
+    return np.memmap(path, _STORED[entry.dtype], "r", entry.offset, shape).view(np.ndarray)
 
 
 def _widen(stored: np.ndarray, dtype: str) -> np.ndarray:
