@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vl2.cli.reference import reference
@@ -14,11 +16,11 @@ ROOT = Path(__file__).parents[2]
 GOLDENS = ROOT / "tests" / "goldens"
 
 
-def vl2(*arguments: object, stdin: str = "", program: str = "main") -> subprocess.CompletedProcess:
+def vl2(*arguments: object, stdin: str = "", program: str = "main", env=None) -> subprocess.CompletedProcess:
     """Runs the command in a process of its own, as a shell would."""
     code = f"import sys; from vl2.cli import {program}; sys.exit({program}())"
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, env=env)
 
 
 @pytest.mark.parametrize("arguments", [
@@ -59,3 +61,82 @@ def test_inspecting_with_hashes_gives_the_sha256_of_each_shard():
     facts = json.loads(vl2("inspect", GOLDENS / "small-mini", "--json", "--hashes").stdout)
     for name, file in facts["files"].items():
         assert file["sha256"] == hashlib.sha256((GOLDENS / "small-mini" / name).read_bytes()).hexdigest()
+
+
+def recorded(name: str, case: str) -> tuple[str, list[str], list[int]]:
+    """Question, image files and the 24 token ids of a golden case."""
+    golden = GOLDENS / name / "golden"
+    facts = json.loads((golden / "model.json").read_text(encoding="utf-8"))["cases"][case]
+    question = facts["conversation"][0]["content"]
+    images = [str(GOLDENS / "images" / f"{image}.png") for image in facts["images"]]
+    return question, images, np.load(golden / "generation.npz")[f"{case}/ids"][0].tolist()
+
+
+@pytest.mark.parametrize("case", ["text", "one", "tiled"])
+def test_running_a_bundle_gives_the_original_tokens(bundle_of, case):
+    question, images, ids = recorded("tiny-mini", case)
+    given = [part for image in images for part in ("--image", image)]
+    done = vl2("run", bundle_of(GOLDENS / "tiny-mini"), *given, "--prompt", question, "--ignore-eos",
+               "--max-new-tokens", "24", "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["token_ids"] == ids and answer["stop_reason"] == "length"
+    for key in ("text", "prompt_tokens", "boxes", "encode_ms", "prefill_ms", "decode_ms", "tokens_per_second",
+                "peak_rss_bytes"):
+        assert key in answer
+
+
+def test_the_streamed_text_is_the_text_of_the_json(bundle_of):
+    bundle, options = bundle_of(GOLDENS / "tiny-mini"), ("--prompt", "Hello", "--max-new-tokens", "12")
+    text = json.loads(vl2("run", bundle, *options, "--json").stdout)["text"]
+    assert vl2("run", bundle, *options).stdout == text + "\n"
+
+
+def test_a_count_of_images_that_does_not_match_the_prompt_is_an_error(bundle_of):
+    done = vl2("run", bundle_of(GOLDENS / "tiny-mini"), "--prompt", "<image> and <image>", "--image",
+               GOLDENS / "images" / "sq_384x384.png")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "image" in done.stderr
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
+    done = vl2(GOLDENS / "tiny-mini", "--out", tmp_path / "bundle", "--dry-run", "--json", program="export_main")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) and list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_bundle_is_not_replaced_without_force(bundle_of):
+    bundle = bundle_of(GOLDENS / "tiny-mini")
+    before = (bundle / "manifest.json").read_bytes()
+    done = vl2(GOLDENS / "tiny-mini", "--out", bundle, program="export_main")
+    assert done.returncode == 1 and "--force" in done.stderr
+    assert (bundle / "manifest.json").read_bytes() == before
+
+
+def test_a_hub_id_without_network_names_the_folder_form(tmp_path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = vl2("deepseek-ai/deepseek-vl2-tiny", "--out", tmp_path / "b", program="export_main", env=environment)
+    assert done.returncode == 1 and "folder" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_inspecting_a_bundle_lists_graphs_ports_and_hashes(bundle_of):
+    facts = json.loads(vl2("inspect", bundle_of(GOLDENS / "small-mini"), "--json").stdout)
+    assert facts["kind"] == "bundle" and facts["language"]["attention"] == "mla"
+    assert {port["name"] for port in facts["graphs"]["decoder"]["inputs"]} >= {"inputs_embeds", "past_latent.0"}
+    assert all(len(file["sha256"]) == 64 for file in facts["files"].values())
+    assert "past_latent.0" in vl2("inspect", bundle_of(GOLDENS / "small-mini")).stdout
+
+
+def test_chat_answers_each_line_and_goes_on_after_an_error(bundle_of, tmp_path):
+    lines = "Hello\n/image missing.png\n/nonsense\nAnd now?\n/reset\nHello\n/quit\nnever read\n"
+    done = vl2("chat", bundle_of(GOLDENS / "tiny-mini"), "--max-new-tokens", "6", stdin=lines)
+    assert done.returncode == 0, done.stderr
+    answers = done.stdout.split("\n")
+    assert done.stderr.count("error: ") == 2 and "missing.png" in done.stderr
+    assert answers[0] == answers[-2], "after /reset the first question is answered as at first"
+
+
+def test_the_demo_gives_the_right_answer_and_says_where_the_bundle_is(tmp_path):
+    done = vl2("demo", "--out", tmp_path / "nano.bundle")
+    assert done.returncode == 0, done.stderr
+    answer, place = done.stdout.splitlines()
+    assert answer == DEMO_ANSWER and place == f"bundle: {(tmp_path / 'nano.bundle').resolve()}"
