@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from vl2.cli.options import debug_option, generation_options, to_generation_options
+from vl2.cli.options import bundle_options, debug_option, generation_options, open_as_asked, to_generation_options
 from vl2.cli.run import answer_streamed, report_boxes
 from vl2.errors import VL2Error
 
@@ -19,17 +19,16 @@ _HELP = "/image FILE adds an image to the next question, /reset forgets the conv
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path),
               help="An image for the first question.")
 @generation_options
+@bundle_options
 @debug_option
-def command(bundle: Path, images: tuple[Path, ...], **generation: Any) -> None:
+def command(bundle: Path, images: tuple[Path, ...], **choices: Any) -> None:
     """Keep a conversation with BUNDLE; questions are lines of standard input.
 
     The cache is kept between turns, so only what is new is computed.
     """
-    from vl2.runtime import open_bundle
-
-    model = open_bundle(bundle)
-    click.echo(f"backend: {model.backend}\n{_HELP}", err=True)
-    converse(model, list(images), to_generation_options(generation))
+    model = open_as_asked(bundle, choices)
+    click.echo(_HELP, err=True)
+    converse(model, list(images), to_generation_options(choices))
 
 
 def converse(model: Any, pending: list[Path], options: Any) -> None:

@@ -1,6 +1,7 @@
-"""Options that several verbs share, and how they become GenerationOptions."""
+"""Options that several verbs share, and what the runtime makes of them."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -31,12 +32,43 @@ _GENERATION = (
                  help="Prompt tokens a prefill step takes; less needs less memory."),
 )
 
+_BUNDLE = (
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+                 help="auto takes CUDA where onnxruntime-gpu is installed and works."),
+    click.option("--threads", type=click.IntRange(min=1), help="CPU threads; one a physical core without it."),
+    click.option("--no-hash-check", is_flag=True, help="Check only the sizes of the bundle's files."),
+    click.option("--no-memory-check", is_flag=True, help="Open a bundle larger than the available memory."),
+)
+
 
 def generation_options(command: Callable) -> Callable:
     """Adds the options of generation to a verb; it receives them as keyword arguments."""
-    for option in reversed(_GENERATION):
+    return _with_options(command, _GENERATION)
+
+
+def bundle_options(command: Callable) -> Callable:
+    """Adds the options of opening a bundle to a verb; it receives them as keyword arguments."""
+    return _with_options(command, _BUNDLE)
+
+
+def _with_options(command: Callable, options: tuple) -> Callable:
+    for option in reversed(options):
         command = option(command)
     return command
+
+
+def open_as_asked(bundle: Path, values: dict[str, Any]) -> Any:
+    """The runtime's Model of a bundle; takes the keyword arguments of `bundle_options` out of `values`."""
+    from vl2.cli.progress import ByteProgress
+    from vl2.runtime import BundleOptions, open_bundle
+
+    hashes, memory = not values.pop("no_hash_check"), not values.pop("no_memory_check")
+    with ByteProgress() as progress:
+        options = BundleOptions(device=values.pop("device"), threads=values.pop("threads"), check_hashes=hashes,
+                                check_memory=memory, progress=progress)
+        model = open_bundle(bundle, options)
+    click.echo(f"backend: {model.backend}", err=True)
+    return model
 
 
 def to_generation_options(values: dict[str, Any]) -> Any:

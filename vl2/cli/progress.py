@@ -4,9 +4,12 @@ import sys
 
 from tqdm import tqdm
 
+# Less is done before a bar could be read.
+_WORTH_SHOWING_BYTES = 100_000_000
+
 
 class ByteProgress:
-    """Callable `(stage, done_bytes, total_bytes)` that draws one bar a stage; silent when stderr is no terminal."""
+    """Callable `(stage, done_bytes, total_bytes)` that draws one bar a stage; silent for small ones and where stderr is no terminal."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
@@ -23,8 +26,6 @@ class ByteProgress:
         if stage != self._stage:
             self.__exit__()
             self._stage = stage
-            self._bar = tqdm(total=total_bytes, desc=stage, unit="B", unit_scale=True, file=sys.stderr,
-                             disable=not sys.stderr.isatty(), leave=True)
-            if not sys.stderr.isatty():
-                print(f"{stage} …", file=sys.stderr)
+            shown = total_bytes >= _WORTH_SHOWING_BYTES and sys.stderr.isatty()
+            self._bar = tqdm(total=total_bytes, desc=stage, unit="B", unit_scale=True, disable=not shown)
         self._bar.update(done_bytes - self._bar.n)

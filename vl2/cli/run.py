@@ -6,7 +6,14 @@ from typing import Any
 
 import click
 
-from vl2.cli.options import debug_option, generation_options, json_option, to_generation_options
+from vl2.cli.options import (
+    bundle_options,
+    debug_option,
+    generation_options,
+    json_option,
+    open_as_asked,
+    to_generation_options,
+)
 from vl2.errors import VL2Error
 
 
@@ -17,18 +24,16 @@ from vl2.errors import VL2Error
               help="An image file; may be given several times.")
 @click.option("--draw", type=click.Path(path_type=Path), help="Write the last image with the answer's boxes here.")
 @generation_options
+@bundle_options
 @json_option
 @debug_option
 def command(bundle: Path, prompt: str, images: tuple[Path, ...], draw: Path | None, as_json: bool,
-            **generation: Any) -> None:
+            **choices: Any) -> None:
     """Answer one question about images from BUNDLE."""
-    from vl2.runtime import open_bundle
-
     if draw is not None and not images:
         raise click.UsageError("--draw needs an --image to draw on.")
-    options = to_generation_options(generation)
-    model = open_bundle(bundle)
-    click.echo(f"backend: {model.backend}", err=True)
+    model = open_as_asked(bundle, choices)
+    options = to_generation_options(choices)
     answer = answer_streamed(model, prompt, images, options, echo=not as_json)
     if as_json:
         click.echo(json.dumps(answer.to_dict(), ensure_ascii=False))
