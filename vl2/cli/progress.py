@@ -9,7 +9,7 @@ _WORTH_SHOWING_BYTES = 100_000_000
 
 
 class ByteProgress:
-    """Callable `(stage, done_bytes, total_bytes)` that draws one bar a stage; silent for small ones and where stderr is no terminal."""
+    """Callable `(stage, done_bytes, total_bytes)`: a bar a stage, none for small ones or without a terminal."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
