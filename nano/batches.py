@@ -18,6 +18,7 @@ from vl2.image import image_token_count
 from vl2.nano.documents import Document, make_document
 from vl2.nano.geometry import GEOMETRY, write_description
 from vl2.nano.labels import tile_labels
+from vl2.nano.pointers import NOWHERE, block_positions, character_targets
 from vl2.nano.questions import Question
 from vl2.prompt import Message, Processor
 
@@ -25,12 +26,15 @@ TRAINING_SEED, HELD_OUT_SEED = "train", "held-out"
 IMAGE_START = 4  # bos, <|User|>, ":", " " come before the image block
 # Crop → (share of the batches, pages in a batch, text tokens a page may have).
 CROP_PLAN = {
-    (1, 1): (0.42, 48, 130), (2, 1): (0.18, 24, 150), (1, 2): (0.14, 24, 150), (2, 2): (0.10, 14, 170),
-    (3, 1): (0.08, 16, 170), (1, 3): (0.08, 16, 170),
+    (1, 1): (0.46, 16, 130), (2, 1): (0.18, 10, 150), (1, 2): (0.14, 10, 150), (2, 2): (0.10, 6, 170),
+    (3, 1): (0.06, 8, 170), (1, 3): (0.06, 8, 170),
 }
-# Kind of document → its share, in the first part of joint training and afterwards.
-EASY_MIX = {"word": 25, "lines": 30, "receipt": 10, "form": 15, "table": 5, "chart": 5, "shapes": 10}
-FULL_MIX = {"word": 12, "lines": 18, "receipt": 14, "form": 12, "table": 18, "chart": 12, "shapes": 14}
+# For the tower alone: dense pages of one tile, hardly any text to encode.
+TOWER_CROPS = {(1, 1): (0.9, 56, 24), (2, 1): (0.1, 24, 24)}
+# Kind of document → its share: for the tower alone, in the first part of joint training, afterwards.
+TOWER_MIX = {"dense": 60, "lines": 6, "receipt": 6, "form": 6, "table": 8, "chart": 6, "shapes": 8}
+EASY_MIX = {"word": 8, "dense": 25, "lines": 27, "receipt": 12, "form": 12, "table": 6, "chart": 4, "shapes": 6}
+FULL_MIX = {"word": 8, "dense": 15, "lines": 17, "receipt": 12, "form": 11, "table": 15, "chart": 10, "shapes": 12}
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Batch:
 
     tiles: uint8 [B, n, 3, S, S]; before: ids [B, 4] ahead of the image block; text: ids [B, L] behind it, padded right;
     question: int16 [B, L], index into `questions` where the token is to be predicted, −1 elsewhere;
+    pointer: int64 [B, L], position in the sequence where that token is to be read, −1 where none is known;
     patches, slots, boxes: labels of the local tiles (see TileLabels), [B, tw·th, …].
     """
 
@@ -47,6 +52,7 @@ class Batch:
     before: np.ndarray
     text: np.ndarray
     question: np.ndarray
+    pointer: np.ndarray
     questions: list[Question]
     patches: np.ndarray
     slots: np.ndarray
@@ -69,6 +75,8 @@ def choose_questions(rng: Random, document: Document, processor: Processor, room
         offered.sort(key=lambda q: not (q.task == "ocr" and "line" not in q.question))
     chosen, located = [], 0
     for question in offered:
+        if room < 9:
+            break
         length = len(processor.tokenizer.encode(question.question + question.answer).ids) + 7
         if length > room or (question.task == "grounding" and located == 2):
             continue
@@ -98,9 +106,21 @@ def make_batch(processor: Processor, seed: str, index: int, mix: dict[str, int],
     for kind in rng.choices(list(mix), list(mix.values()), k=pages):
         document = make_document(rng, kind, crop)
         chosen = choose_questions(rng, document, processor, room)
-        if chosen:
-            documents.append((document, chosen))
+        documents.append((document, chosen or document.questions[:1]))
     return assemble_batch(processor, crop, documents)
+
+
+def _read_positions(processor: Processor, document: Document, questions: list[Question]) -> np.ndarray:
+    """For every answer token of a page, each answer's eos included, the sequence position where it is read."""
+    positions = block_positions(document) + IMAGE_START
+    read_at: list[int] = []
+    for question in questions:
+        characters = character_targets(document, question, positions)
+        for start, stop in processor.tokenizer.encode(question.answer, add_special_tokens=False).offsets:
+            known = [target for target in characters[start:stop] if target != NOWHERE]
+            read_at.append(known[0] if known else NOWHERE)
+        read_at.append(NOWHERE)
+    return np.array(read_at, np.int64)
 
 
 def assemble_batch(processor: Processor, crop: tuple[int, int], documents: list) -> Batch:
@@ -111,20 +131,25 @@ def assemble_batch(processor: Processor, crop: tuple[int, int], documents: list)
     length = max(len(prompt.input_ids) for prompt in prompts) - start
     text = np.full((len(prompts), length), processor.pad_id, np.int64)
     index = np.full((len(prompts), length), -1, np.int16)
+    pointer = np.full((len(prompts), length), NOWHERE, np.int64)
     asked: list[Question] = []
-    for row, (prompt, (_, questions)) in enumerate(zip(prompts, documents, strict=True)):
+    for row, (prompt, (document, questions)) in enumerate(zip(prompts, documents, strict=True)):
         ids, targets = prompt.input_ids[start:], prompt.target_ids[start:] != processor.ignore_id
         assert prompt.images_seq_mask[IMAGE_START:start].all(), "the image block is not where it is expected"
         text[row, : len(ids)] = ids
         ends = np.cumsum(ids == processor.eos_id) - (ids == processor.eos_id)
         index[row, : len(ids)] = np.where(targets, ends + len(asked), -1)
         asked += questions
+        read_at = _read_positions(processor, document, questions)
+        where = np.flatnonzero(targets)
+        assert len(where) == len(read_at), "answers were encoded differently within the conversation"
+        pointer[row, where] = read_at
     kept = slice(0, 1) if crop == (1, 1) else slice(None)
     tiles = np.stack([np.rint((prompt.tiles[kept] * 0.5 + 0.5) * 255).astype(np.uint8) for prompt in prompts])
     labels = [tile_labels(document) for document, _ in documents]
     stacked = [np.stack([getattr(label, name) for label in labels]) for name in ("patches", "slots", "boxes")]
     before = np.stack([prompt.input_ids[:IMAGE_START] for prompt in prompts])
-    return Batch(crop, tiles, before, text, index, asked, *stacked)
+    return Batch(crop, tiles, before, text, index, pointer, asked, *stacked)
 
 
 def _render(queue, seed: str, schedule, start: int, step: int) -> None:

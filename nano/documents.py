@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections import Counter
 from dataclasses import dataclass
 from random import Random
@@ -10,11 +11,12 @@ from PIL import Image
 
 from vl2.nano import words
 from vl2.nano.figures import draw_chart, draw_shapes
-from vl2.nano.pages import MARGIN, Mark, Page, Word, finish, new_page
+from vl2.nano.pages import MARGIN, Mark, Page, Word, finish, image_size, new_page
 from vl2.nano.questions import Question, ask, locate
 
 LEADING = 1.45  # line pitch over font size, at least; keeps two lines out of one image token
 FULL_TEXT_LIMIT = 90  # longest transcription asked for, in characters
+DENSE_CHARACTERS = string.ascii_letters + string.digits + ".:-"
 FIELDS = {
     "Name": lambda rng: words.label(rng, words.NAMES),
     "City": lambda rng: words.label(rng, words.CITIES),
@@ -64,13 +66,13 @@ def line_positions(page: Page, size: float, count: int) -> list[float]:
 def draw_word(page: Page) -> list[Question]:
     """One string, large or small, anywhere."""
     rng = page.rng
-    size = min(rng.uniform(11, 26), page.height * 0.5)
+    size = min(rng.choice((rng.uniform(12, 15), rng.uniform(15, 24))), page.height * 0.5)
     while True:
         text = words.any_word(rng)
         room = page.width - 2 * MARGIN - page.text_width(text, size)
         if room >= 0:
             break
-        size = max(10.0, size * 0.95)
+        size = max(11.5, size * 0.95)
     y = line_positions(page, size, 1)[0]
     page.text((MARGIN + rng.uniform(0, room), y), text, size)
     return [ask(rng, "read", text)]
@@ -78,7 +80,7 @@ def draw_word(page: Page) -> list[Question]:
 
 def draw_lines(page: Page) -> list[Question]:
     """Several lines of one to three strings."""
-    rng, size = page.rng, page.rng.uniform(10.5, 14)
+    rng, size = page.rng, page.rng.uniform(12, 14.5)
     baselines = line_positions(page, size, rng.randint(1, 9))
     left, room, lines = MARGIN + rng.uniform(0, 8), page.width - 2 * MARGIN - 8, []
     for y in baselines:
@@ -96,9 +98,27 @@ def draw_lines(page: Page) -> list[Question]:
     return questions
 
 
+def draw_dense(page: Page) -> list[Question]:
+    """A page full of characters, letters and digits equally often, for the tower; asked line by line."""
+    rng, size = page.rng, page.rng.uniform(12, 14.5)
+    lines = []
+    for y in line_positions(page, size, 30):
+        text = ""
+        while True:
+            run = "".join(rng.choice(DENSE_CHARACTERS) for _ in range(rng.randint(2, 9)))
+            longer = (text + " " + (run if rng.random() < 0.6 else words.any_word(rng))).strip()
+            if page.text_width(longer, size) > page.width - 2 * MARGIN:
+                break
+            text = longer
+        if text:
+            page.text((MARGIN, y), text, size)
+            lines.append(text)
+    return [ask(rng, "line", line, str(i + 1)) for i, line in enumerate(lines)]
+
+
 def draw_receipt(page: Page) -> list[Question]:
     """A shop's name, items with prices, the total, sometimes a date."""
-    rng, size = page.rng, page.rng.uniform(10.5, 13)
+    rng, size = page.rng, page.rng.uniform(12, 13.5)
     baselines = line_positions(page, size, rng.randint(4, 10))
     left, right = MARGIN, page.width - MARGIN
     shop = fitting(page, size, lambda r: words.label(r, words.NAMES + words.CITIES, 0.4), right - left)
@@ -135,7 +155,7 @@ def draw_receipt(page: Page) -> list[Question]:
 
 def draw_form(page: Page) -> list[Question]:
     """Lines of key and value, `Name: Anna`, values aligned or not."""
-    rng, size = page.rng, page.rng.uniform(10.5, 13)
+    rng, size = page.rng, page.rng.uniform(12, 13.5)
     baselines = line_positions(page, size, rng.randint(2, 8))
     keys = rng.sample(sorted(FIELDS), min(len(baselines), len(FIELDS)))
     left, mark = MARGIN + rng.uniform(0, 4), rng.choice((":", ":", ""))
@@ -160,10 +180,10 @@ def _cell(rng: Random) -> str:
 
 def draw_table(page: Page) -> list[Question]:
     """A header row, row labels in the first column, short cells; with or without rules."""
-    rng, size = page.rng, page.rng.uniform(10.5, 12.5)
+    rng, size = page.rng, page.rng.uniform(12, 13)
     baselines = line_positions(page, size, rng.randint(3, 9))
-    count = max(1, min(rng.randint(1, 4), int((page.width - 2 * MARGIN - 40) / 34)))
-    first = min(rng.uniform(40, 56), page.width - 2 * MARGIN - 34 * count)
+    count = max(1, min(rng.randint(1, 4), int((page.width - 2 * MARGIN - 40) / 36)))
+    first = min(rng.uniform(40, 56), page.width - 2 * MARGIN - 36 * count)
     step = min((page.width - 2 * MARGIN - first) / count, 60)
     columns = [MARGIN + first + step * i for i in range(count)]
     headers: list[str] = []
@@ -192,7 +212,7 @@ def draw_table(page: Page) -> list[Question]:
 
 
 KINDS = {
-    "word": draw_word, "lines": draw_lines, "receipt": draw_receipt, "form": draw_form, "table": draw_table,
+    "word": draw_word, "dense": draw_dense, "lines": draw_lines, "receipt": draw_receipt, "form": draw_form, "table": draw_table,
     "chart": draw_chart, "shapes": draw_shapes,
 }
 
@@ -204,12 +224,15 @@ def locate_words(page: Page) -> list[Question]:
             if seen[word.text] == 1 and len(word.text) > 1]
 
 
-def make_document(rng: Random, kind: str, crop: tuple[int, int], disturb: float = 1.0) -> Document:
-    """A finished document of `kind` whose image is cut into `crop` = (tw, th) local tiles."""
-    page = new_page(rng, crop)
+def make_document(rng: Random, kind: str, crop: tuple[int, int], largest_scale: float = 1.4) -> Document:
+    """A finished document of `kind` whose image is cut into `crop` = (tw, th) local tiles.
+
+    `largest_scale` bounds the image's size over the canvas the model sees.
+    """
+    page = new_page(rng, crop, image_size(rng, crop, largest_scale))
     questions = KINDS[kind](page)
     questions = [q for q in questions if q.task != "ocr" or len(q.answer) <= FULL_TEXT_LIMIT]
-    finish(page, disturb)
+    finish(page)
     if kind == "shapes":
         questions += locate_shapes(page)
     else:

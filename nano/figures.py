@@ -14,7 +14,7 @@ _BAR_COLOURS = ("red", "green", "blue", "purple", "orange", "black")
 
 def draw_chart(page: Page) -> list[Question]:
     """Vertical bars with names below; values above the bars (70 %) or read off an axis with ticks."""
-    rng, size = page.rng, page.rng.uniform(10.5, 12)
+    rng, size = page.rng, page.rng.uniform(12, 13)
     labelled = rng.random() < 0.7
     left = MARGIN + (0 if labelled else 22)
     room = page.width - MARGIN - left
@@ -73,7 +73,7 @@ def _draw_axis(page: Page, left: float, base: float, top: float, step: int) -> N
     for i in range(1, ticks + 1):
         y = base - (base - top) * i / ticks
         page.line((left - 2, y), (left + 2, y))
-        page.text((left - 3, y + 4), str(i * step), 10.5, right=True)
+        page.text((left - 3, y + 4), str(i * step), 12, right=True)
 
 
 def draw_shapes(page: Page) -> list[Question]:

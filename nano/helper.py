@@ -1,7 +1,7 @@
-"""A second process that contributes gradients: on a shared machine it soaks up whatever the other core has left.
+"""A second process that goes on teaching the tower: on a shared machine it soaks up whatever the other core has left.
 
-It computes gradients of its own batches on a copy of the weights and hands them over through shared memory. The
-trainer averages them into its next step without waiting, so they are about one step old.
+It computes the tower's gradients on dense pages with a copy of the weights and hands them over through shared memory.
+The trainer adds them to its next step without waiting, so they are about one step old.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vl2.nano.batches import TRAINING_SEED, load_processor, make_batch
+from vl2.nano.batches import TOWER_CROPS, TOWER_MIX, TRAINING_SEED, load_processor, make_batch
 from vl2.nano.losses import batch_loss
 from vl2.nano.network import Shape
 from vl2.nano.parameters import FlatParameters
@@ -39,25 +39,22 @@ class Exchange:
         return cls(weights, torch.zeros_like(weights).share_memory_(), *counters)
 
 
-def run_helper(exchange: Exchange, plan, schedule, shape: Shape, sizes: dict[str, tuple[int, ...]]) -> None:
+def run_helper(exchange: Exchange, plan, shape: Shape, sizes: dict[str, tuple[int, ...]]) -> None:
     """The helper process's main loop; ends with the trainer."""
     os.setsid()  # its own scheduling group, so that it yields to other work while the trainer does not
     torch.set_num_threads(1)
-    processor = load_processor()
+    processor, parent = load_processor(), os.getppid()
     own = FlatParameters({name: torch.zeros(size) for name, size in sizes.items()})
-    start = int(exchange.step)
-    for index in itertools.count(start):
-        mix, crops = schedule(plan, int(exchange.step))
-        batch = make_batch(processor, TRAINING_SEED + "-helper", index, mix, crops)
-        if os.getppid() == 1:
-            return
+    for index in itertools.count(int(exchange.step)):
+        batch = make_batch(processor, TRAINING_SEED + "-helper", index, TOWER_MIX, TOWER_CROPS)
         with torch.no_grad():
             own.working.copy_(exchange.weights)
         own.grad.zero_()
-        language = int(exchange.step) >= plan.tower_steps
-        batch_loss(own.weights, shape, batch, plan.tower_weight, language).loss.backward()
-        while exchange.ready:
+        batch_loss(own.weights, shape, batch, plan.tower_weight, language=False).loss.backward()
+        while exchange.ready and os.getppid() == parent:
             time.sleep(0.01)
+        if os.getppid() != parent:
+            return
         exchange.gradient.copy_(own.grad)
         exchange.pages += len(batch.tiles)
         exchange.ready.fill_(1)

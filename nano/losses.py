@@ -11,9 +11,10 @@ from torch import Tensor
 
 from vl2.nano.batches import Batch
 from vl2.nano.labels import BLANK, CLASSES, SLOTS
-from vl2.nano.network import Balance, Shape, Weights, assemble, decoder, project, tower
+from vl2.nano.network import Shape, SideLosses, Weights, assemble, decoder, project, tower
 
 BALANCE_WEIGHT = 0.01
+POINTING_WEIGHT = 0.5
 BLANK_WEIGHT = 0.3
 
 
@@ -73,9 +74,10 @@ def batch_loss(w: Weights, shape: Shape, batch: Batch, tower_weight: float, lang
     if not language:
         return Outcome(loss, parts, {})
     grid = features[:, local].unflatten(1, (high, wide))
-    answers, exact, balance = _answer_loss(w, shape, batch, assemble(w, features[:, 0], grid))
-    parts |= {"answers": answers.item(), "balance": balance.total.item()}
-    total = answers + BALANCE_WEIGHT * balance.total + tower_weight * loss
+    answers, exact, side = _answer_loss(w, shape, batch, assemble(w, features[:, 0], grid))
+    parts |= {"answers": answers.item(), "balance": side.balance.item(), "pointing": side.pointing.item(),
+              "pointed": side.pointed}
+    total = answers + BALANCE_WEIGHT * side.balance + POINTING_WEIGHT * side.pointing + tower_weight * loss
     return Outcome(total, parts, exact)
 
 
@@ -83,12 +85,13 @@ def _answer_loss(w: Weights, shape: Shape, batch: Batch, image: Tensor):
     before, text = torch.from_numpy(batch.before), torch.from_numpy(batch.text)
     table = w["language.model.embed_tokens.weight"]
     x = torch.cat([F.embedding(before, table), image, F.embedding(text, table)], 1)
-    balance = Balance()
-    hidden = decoder(w, shape, x, balance)
+    pointer = torch.from_numpy(batch.pointer)
+    # The state before a token predicts it, so pointers move one place to the left.
+    side = SideLosses(pointer=torch.cat([pointer[:, 1:], pointer.new_full((len(pointer), 1), -1)], 1))
+    hidden = decoder(w, shape, x, side, text.shape[1] + 1)
     question = torch.from_numpy(batch.question).long()
     asked = question >= 0
-    # The state before a token predicts it; the text follows the image block, so a state always precedes.
-    states = hidden[:, -text.shape[1] - 1 : -1][asked]
+    states = hidden[:, :-1][asked]
     logits = F.linear(states, w["language.lm_head.weight"]).float()
     target, owner = text[asked], question[asked]
     wrong = torch.zeros(len(batch.questions))
@@ -97,4 +100,4 @@ def _answer_loss(w: Weights, shape: Shape, batch: Batch, image: Tensor):
     for item, mistakes in zip(batch.questions, wrong.tolist(), strict=True):
         right, count = exact.get(item.task, (0, 0))
         exact[item.task] = (right + (mistakes == 0), count + 1)
-    return F.cross_entropy(logits, target), exact, balance
+    return F.cross_entropy(logits, target), exact, side

@@ -8,7 +8,7 @@ tests/nano compares both on the same weights.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,38 @@ from torch import Tensor
 Weights = dict[str, Tensor]
 
 
-@dataclass
-class Balance:
-    """The load-balance loss collected over the MoE layers of one forward."""
+# Layers whose first head is taught to attend to where the next answer token is written.
+POINTING_LAYERS = (2, 3, 4)
 
-    total: Tensor | float = 0.0
-    usage: list[Tensor] = field(default_factory=list)
+
+@dataclass
+class SideLosses:
+    """Losses collected inside the decoder: expert balance over the MoE layers, and pointing, if `pointer` is set.
+
+    pointer: int64 [B, L], for the last L queries the key position their head should attend to, −1 for any.
+    """
+
+    balance: Tensor | float = 0.0
+    pointer: Tensor | None = None
+    pointing: Tensor | float = 0.0
+    pointed: float = 0.0
+
+    def point(self, q: Tensor, k: Tensor, mask: Tensor) -> None:
+        """Adds the cross-entropy of one head's attention, q and k [B, T, dim], against `pointer`."""
+        length = self.pointer.shape[1]
+        known = self.pointer >= 0
+        scores = torch.bmm(q[:, -length:] * q.shape[-1] ** -0.5, k.mT) + mask[-length:]
+        scores, target = scores[known].float(), self.pointer[known]
+        self.pointing = self.pointing + F.cross_entropy(scores, target) / len(POINTING_LAYERS)
+        self.pointed = (scores.detach().argmax(-1) == target).float().mean().item()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one attention layer is to do: how many of the last positions ask, and where its pointing is scored."""
+
+    queries: int
+    side: SideLosses | None = None
 
 
 @dataclass(frozen=True)
@@ -50,11 +76,23 @@ def rms_norm(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention on [B, heads, T, dim]; `mask` [T, T] is added. The fused CPU kernel's backward is 3x slower."""
+    """Softmax attention, q [B, heads, Q, dim] on the last Q of k and v [B, heads, T, dim]; `mask` [Q, T] is added.
+
+    Plain matrix products: the fused CPU kernel's backward is three times slower.
+    """
     batch, heads, length, dim = q.shape
-    q, k = (q * dim**-0.5).reshape(-1, length, dim), k.reshape(-1, length, dim)
+    q, k = (q * dim**-0.5).reshape(-1, length, dim), k.reshape(-1, k.shape[2], dim)
     scores = torch.bmm(q, k.mT) if mask is None else torch.baddbmm(mask, q, k.mT)
-    return torch.bmm(scores.softmax(-1), v.reshape(-1, length, v.shape[-1])).view(batch, heads, length, -1)
+    return torch.bmm(scores.softmax(-1), v.reshape(-1, v.shape[2], v.shape[-1])).view(batch, heads, length, -1)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Causal attention in two halves, so that the first does not score the keys of the second."""
+    half = q.shape[2] // 2
+    if q.shape[2] < k.shape[2]:
+        return attention(q, k, v, mask[-q.shape[2]:])
+    first = attention(q[:, :, :half], k[:, :, :half], v[:, :, :half], mask[:half, :half])
+    return torch.cat([first, attention(q[:, :, half:], k, v, mask[half:])], 2)
 
 
 def causal_mask(length: int, dtype: torch.dtype) -> Tensor:
@@ -112,18 +150,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
-def plain_attention(w: Weights, name: str, x: Tensor, settings: dict) -> Tensor:
+def plain_attention(w: Weights, name: str, x: Tensor, settings: dict, run: Run) -> Tensor:
     """Causal multi-head attention, x [B, T, H]."""
     batch, length, hidden = x.shape
     heads = settings["num_attention_heads"]
     cos, sin = (table.to(x.dtype) for table in rotary(length, hidden // heads))
     fused = torch.cat([w[f"{name}.{part}_proj.weight"] for part in "qkv"])
     q, k, v = F.linear(x, fused).view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
-    out = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, causal_mask(length, x.dtype))
+    q, k, mask = rotate(q, cos, sin), rotate(k, cos, sin), causal_mask(length, x.dtype)
+    if run.side is not None:
+        run.side.point(q[:, 0], k[:, 0], mask)
+    out = causal_attention(q[:, :, -run.queries:], k, v, mask)
     return linear(w, name + ".o_proj", out.transpose(1, 2).flatten(2))
 
 
-def latent_attention(w: Weights, name: str, x: Tensor, settings: dict) -> Tensor:
+def latent_attention(w: Weights, name: str, x: Tensor, settings: dict, run: Run) -> Tensor:
     """Causal multi-head latent attention in its naive form, x [B, T, H]; rope pairs are interleaved in the weights."""
     batch, length, _ = x.shape
     heads, rank = settings["num_attention_heads"], settings["kv_lora_rank"]
@@ -140,7 +181,10 @@ def latent_attention(w: Weights, name: str, x: Tensor, settings: dict) -> Tensor
     q = torch.cat([q[..., :nope], rotate(halves(q[..., nope:]), cos, sin)], -1)
     shared = rotate(halves(key), cos, sin).unsqueeze(1).expand(batch, heads, length, rope)
     k = torch.cat([kv[..., :nope], shared], -1)
-    out = attention(q, k, kv[..., nope:], causal_mask(length, x.dtype))
+    mask = causal_mask(length, x.dtype)
+    if run.side is not None:
+        run.side.point(q[:, 0], k[:, 0], mask)
+    out = causal_attention(q[:, :, -run.queries:], k, kv[..., nope:], mask)
     return linear(w, name + ".o_proj", out.transpose(1, 2).flatten(2))
 
 
@@ -148,13 +192,12 @@ def dense(w: Weights, name: str, x: Tensor) -> Tensor:
     return linear(w, name + ".down_proj", F.silu(linear(w, name + ".gate_proj", x)) * linear(w, name + ".up_proj", x))
 
 
-def mixture(w: Weights, name: str, x: Tensor, top_k: int, balance: Balance) -> Tensor:
+def mixture(w: Weights, name: str, x: Tensor, top_k: int, side: SideLosses) -> Tensor:
     """Softmax greedy mixture of experts with shared experts, x [B, T, H]; all experts run, unchosen ones weigh zero."""
     scores = F.linear(x.float(), w[name + ".gate.weight"].float()).softmax(-1)
     chosen = torch.zeros_like(scores).scatter_(-1, scores.topk(top_k, -1).indices, 1.0)
     experts = scores.shape[-1]
-    balance.total = balance.total + (chosen.mean((0, 1)) * scores.mean((0, 1))).sum() * experts / top_k
-    balance.usage.append(chosen.detach().mean((0, 1)))
+    side.balance = side.balance + (chosen.mean((0, 1)) * scores.mean((0, 1))).sum() * experts / top_k
     gate, up, down = (w[f"{name}.experts.{part}_proj.weight"] for part in ("gate", "up", "down"))
     hidden = F.silu(F.linear(x, gate.flatten(0, 1))) * F.linear(x, up.flatten(0, 1))
     hidden = hidden.unflatten(-1, (experts, -1)) * (scores * chosen).to(x.dtype).unsqueeze(-1)
@@ -162,16 +205,20 @@ def mixture(w: Weights, name: str, x: Tensor, top_k: int, balance: Balance) -> T
     return routed + dense(w, name + ".shared_experts", x)
 
 
-def decoder(w: Weights, shape: Shape, x: Tensor, balance: Balance) -> Tensor:
-    """x: embeddings [B, T, H] → hidden [B, T, H] after the final norm; positions 0…T−1."""
+def decoder(w: Weights, shape: Shape, x: Tensor, side: SideLosses, last: int | None = None) -> Tensor:
+    """x: embeddings [B, T, H] → hidden of the `last` positions (default all) after the final norm; positions 0…T−1."""
     settings = shape.language
     attend = latent_attention if settings["kv_lora_rank"] else plain_attention
-    for layer in range(settings["num_hidden_layers"]):
+    layers = settings["num_hidden_layers"]
+    for layer in range(layers):
         name = f"language.model.layers.{layer}"
-        x = x + attend(w, name + ".self_attn", rms_norm(w[name + ".input_layernorm.weight"], x), settings)
+        watched = side if side.pointer is not None and layer in POINTING_LAYERS else None
+        run = Run(last if last and layer == layers - 1 else x.shape[1], watched)
+        attended = attend(w, name + ".self_attn", rms_norm(w[name + ".input_layernorm.weight"], x), settings, run)
+        x = x[:, -run.queries:] + attended
         normed = rms_norm(w[name + ".post_attention_layernorm.weight"], x)
         if layer < settings["first_k_dense_replace"]:
             x = x + dense(w, name + ".mlp", normed)
         else:
-            x = x + mixture(w, name + ".mlp", normed, settings["num_experts_per_tok"], balance)
+            x = x + mixture(w, name + ".mlp", normed, settings["num_experts_per_tok"], side)
     return rms_norm(w["language.model.norm.weight"], x)

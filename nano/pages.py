@@ -22,8 +22,7 @@ from vl2.nano.geometry import CANDIDATES, TILE
 
 Box = tuple[float, float, float, float]
 
-FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif", "DejaVuSerif-Bold",
-         "DejaVuSans-Oblique", "builtin", "builtin")
+FONTS = ("DejaVuSans", "DejaVuSans-Bold", "builtin")  # builtin: Pillow's own
 COLOURS = {
     "red": (214, 39, 40), "green": (34, 150, 60), "blue": (40, 80, 210), "yellow": (235, 205, 30),
     "purple": (140, 60, 180), "orange": (250, 135, 20), "black": (25, 25, 25), "white": (250, 250, 250),
@@ -162,11 +161,11 @@ def jitter(rng: Random, colour: tuple[int, int, int], amount: int) -> tuple[int,
     return red, green, blue
 
 
-def image_size(rng: Random, crop: tuple[int, int]) -> tuple[int, int]:
-    """An image size whose best resolution is `crop` tiles, at 0.7 to 1.7 times the canvas, seldom filling it."""
+def image_size(rng: Random, crop: tuple[int, int], largest_scale: float = 1.4) -> tuple[int, int]:
+    """An image size whose best resolution is `crop` tiles, at 0.7 to `largest_scale` the canvas, seldom filling it."""
     canvas = TILE * crop[0], TILE * crop[1]
     while True:
-        scale = math.exp(rng.uniform(math.log(0.7), math.log(1.7)))
+        scale = math.exp(rng.uniform(math.log(0.7), math.log(largest_scale)))
         shrink = [1.0, rng.uniform(0.8, 1.0)]
         rng.shuffle(shrink)
         size = round(canvas[0] * scale * shrink[0]), round(canvas[1] * scale * shrink[1])
@@ -192,13 +191,13 @@ def finish(page: Page, disturb: float = 1.0) -> None:
     `disturb` scales the probabilities; 0 leaves the page clean.
     """
     rng = page.rng
-    if rng.random() < 0.35 * disturb:
+    if rng.random() < 0.2 * disturb:
         reach = max(page.width, page.height) / 2
         _rotate(page, rng.uniform(-1, 1) * min(3.0, math.degrees((MARGIN - 1) / reach)))
     if rng.random() < 0.3 * disturb:
-        page.image = page.image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.55) * page.unit))
+        page.image = page.image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.4) * page.unit))
     if rng.random() < 0.5 * disturb:
-        pixels = np.asarray(page.image, np.float32) + noise(rng, page.size[::-1]) * rng.uniform(2, 12)
+        pixels = np.asarray(page.image, np.float32) + noise(rng, page.size[::-1]) * rng.uniform(2, 8)
         page.image = Image.fromarray(np.clip(pixels, 0, 255, out=pixels).astype(np.uint8))
 
 

@@ -12,6 +12,7 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from vl2.nano.batches import CROP_PLAN, EASY_MIX, FULL_MIX, TRAINING_SEED, batch_stream
+from vl2.nano.batches import CROP_PLAN, EASY_MIX, FULL_MIX, TOWER_CROPS, TOWER_MIX, TRAINING_SEED, batch_stream
 from vl2.nano.geometry import config_dict
 from vl2.nano.helper import Exchange, run_helper
 from vl2.nano.losses import auxiliary_shapes, batch_loss
@@ -41,7 +42,7 @@ class Plan:
     easy_steps: int = 700
     steps: int = 7000
     decay_steps: int = 2000
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2e-3
     warmup_steps: int = 100
     tower_weight: float = 0.3
     weight_decay: float = 0.02
@@ -56,6 +57,8 @@ class Plan:
 
 def schedule(plan: Plan, index: int) -> tuple[dict, dict]:
     """(kinds of documents, crops) of batch `index`: joint training begins with easy pages of one tile."""
+    if index < plan.tower_steps:
+        return TOWER_MIX, TOWER_CROPS
     if plan.tower_steps <= index < plan.tower_steps + plan.easy_steps:
         return EASY_MIX, {(1, 1): CROP_PLAN[(1, 1)]}
     return FULL_MIX, CROP_PLAN
@@ -108,7 +111,7 @@ class Trainer:
     def start_helper(self) -> None:
         """Starts the process that adds gradients of its own batches."""
         self.exchange = Exchange.around(self.parameters.working, self.step)
-        arguments = (self.exchange, self.plan, schedule, self.shape, dict(self.parameters.sizes))
+        arguments = (self.exchange, self.plan, self.shape, dict(self.parameters.sizes))
         multiprocessing.get_context("spawn").Process(target=run_helper, args=arguments, daemon=True).start()
 
     def _with_help(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -117,7 +120,7 @@ class Trainer:
             return gradient
         exchange.step.fill_(self.step)
         if exchange.ready:
-            gradient = (gradient + exchange.gradient.float()) / 2
+            gradient = gradient + exchange.gradient.float()
             self.pages += int(exchange.pages)
             exchange.pages.zero_()
             exchange.ready.zero_()
@@ -166,7 +169,9 @@ def train(plan: Plan, out: Path, workers: int = 1, help_along: bool = False) -> 
     batches = batch_stream(TRAINING_SEED, functools.partial(schedule, plan), trainer.step, workers)
     last_save = last = time.monotonic()
     since, pages = last, trainer.pages
-    while trainer.step < plan.steps:
+    ended: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
+    while trainer.step < plan.steps and not ended:
         batch = next(batches)
         log.add(trainer.update(batch), batch.crop)
         now = time.monotonic()
@@ -175,7 +180,7 @@ def train(plan: Plan, out: Path, workers: int = 1, help_along: bool = False) -> 
         if trainer.step % 50 == 0:
             log.write(trainer, (trainer.pages - pages) / (now - since))
             since, pages = now, trainer.pages
-        if now - last_save > 120 or trainer.step == plan.steps or trainer.step == plan.tower_steps:
+        if now - last_save > 120 or ended or trainer.step in (plan.steps, plan.tower_steps):
             trainer.save()
             last_save = now
     return trainer

@@ -1,0 +1,68 @@
+"""The training forward against the reference model on the same random weights, for both variants."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from vl2.model.checkpoint import load_model
+from vl2.nano.checkpoint_files import checkpoint_tensors
+from vl2.nano.geometry import config_dict, write_description
+from vl2.nano.network import Shape, SideLosses, assemble, decoder, project, tower
+from vl2.nano.parameters import initial_values, parameter_shapes
+
+CROP = (2, 1)
+
+
+@pytest.fixture(params=["mha", "mla"])
+def pair(request, tmp_path):
+    """(training weights, shape, reference model) with equal values."""
+    shape = Shape.from_config(config_dict(request.param))
+    values = initial_values(parameter_shapes(shape), seed=1)
+    write_description(tmp_path, request.param)
+    save_file(checkpoint_tensors(values, torch.float32), tmp_path / "model.safetensors")
+    return values, shape, load_model(tmp_path)
+
+
+@torch.no_grad()
+def test_the_training_forward_computes_what_the_reference_model_computes(pair):
+    weights, shape, model = pair
+    generator = np.random.default_rng(0)
+    tiles = torch.from_numpy(generator.integers(0, 256, (3, 3, 112, 112), np.uint8))
+    pixels = tiles.float() / 127.5 - 1
+    features = project(weights, tower(weights, shape, tiles))
+    torch.testing.assert_close(features.flatten(1, 2), model.encode_tiles(pixels), atol=1e-4, rtol=1e-4)
+    image = assemble(weights, features[:1], features[None, 1:].unflatten(1, CROP[::-1]))
+    text = torch.from_numpy(generator.integers(0, 300, (1, 20)))
+    embeds = torch.cat([image, F.embedding(text, weights["language.model.embed_tokens.weight"])], 1)
+    ids = torch.cat([torch.zeros(1, image.shape[1], dtype=torch.long), text], 1)
+    mask = torch.arange(ids.shape[1])[None] < image.shape[1]
+    torch.testing.assert_close(embeds, model.embed(ids, mask, pixels, torch.tensor([CROP])), atol=1e-4, rtol=1e-4)
+    logits = F.linear(decoder(weights, shape, embeds, SideLosses()), weights["language.lm_head.weight"])
+    positions = torch.arange(ids.shape[1])[None]
+    expected, _ = model(embeds, positions, torch.ones_like(ids, dtype=torch.bool))
+    torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-3)
+    ending = F.linear(decoder(weights, shape, embeds, SideLosses(), last=7), weights["language.lm_head.weight"])
+    torch.testing.assert_close(ending, expected[:, -7:], atol=2e-4, rtol=1e-3)
+
+
+def test_gradients_reach_every_parameter_but_the_unused_pooling_head():
+    shape = Shape.from_config(config_dict())
+    weights = {name: value.requires_grad_() for name, value in initial_values(parameter_shapes(shape), 0).items()}
+    features = project(weights, tower(weights, shape, torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)))
+    image = assemble(weights, features[:1], features[None, 1:].unflatten(1, (1, 1)))
+    side = SideLosses()
+    text = F.embedding(torch.randint(0, 300, (1, 20)), weights["language.model.embed_tokens.weight"])
+    hidden = decoder(weights, shape, torch.cat([image, text], 1), side)
+    loss = F.linear(hidden, weights["language.lm_head.weight"]).logsumexp(-1).mean() + side.balance
+    loss.backward()
+    unreached = [name for name, value in weights.items() if value.grad is None]
+    assert all(name.startswith("vision.attn_pool.") for name in unreached), unreached
+    assert len(unreached) == 13
+
+
+def test_the_configuration_spells_out_json(tmp_path):
+    write_description(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["language_config"]["use_mla"] is False
