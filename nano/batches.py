@@ -31,6 +31,7 @@ CROP_PLAN = {
 }
 # For the tower alone: dense pages of one tile, hardly any text to encode.
 TOWER_CROPS = {(1, 1): (0.9, 56, 24), (2, 1): (0.1, 24, 24)}
+DENSE_CROPS = {(1, 1): (0.9, 28, 24), (2, 1): (0.1, 12, 24)}
 # Kind of document → its share: for the tower alone, in the first part of joint training, afterwards.
 TOWER_MIX = {"dense": 60, "lines": 6, "receipt": 6, "form": 6, "table": 8, "chart": 6, "shapes": 8}
 EASY_MIX = {"word": 8, "dense": 25, "lines": 27, "receipt": 12, "form": 12, "table": 6, "chart": 4, "shapes": 6}

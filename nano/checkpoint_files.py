@@ -34,12 +34,12 @@ def checkpoint_tensors(values: dict[str, Tensor], dtype: torch.dtype = torch.bfl
 
 
 def read_state(run: Path) -> tuple[dict, dict[str, Tensor]]:
-    """A run's state.pt and its parameters by name, float32."""
+    """A run's state.pt and its averaged parameters by name, float32."""
     state = torch.load(run / "state.pt", weights_only=True)
     shape = Shape.from_config(config_dict(state["plan"]["variant"]))
     shapes = {**parameter_shapes(shape), **auxiliary_shapes(shape)}
     flat = FlatParameters({name: torch.zeros(size) for name, size in shapes.items()})
-    return state, flat.named(state["master"])
+    return state, flat.named(state.get("average", state["master"]))
 
 
 def write_checkpoint(run: Path, folder: Path) -> int:

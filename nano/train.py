@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -21,16 +20,28 @@ from pathlib import Path
 
 import torch
 
-from vl2.nano.batches import CROP_PLAN, EASY_MIX, FULL_MIX, TOWER_CROPS, TOWER_MIX, TRAINING_SEED, batch_stream
+from vl2.nano.batches import (
+    CROP_PLAN,
+    DENSE_CROPS,
+    EASY_MIX,
+    FULL_MIX,
+    TOWER_CROPS,
+    TOWER_MIX,
+    TRAINING_SEED,
+    Batch,
+    batch_stream,
+)
 from vl2.nano.geometry import config_dict
-from vl2.nano.helper import Exchange, run_helper
-from vl2.nano.losses import auxiliary_shapes, batch_loss
+from vl2.nano.losses import Outcome, auxiliary_shapes, batch_loss
 from vl2.nano.network import Shape
 from vl2.nano.parameters import FlatParameters, initial_values, parameter_shapes
 
 # glibc returns large blocks to the system by default; page faults then take seven eighths of the time.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456",
              "MALLOC_ARENA_MAX": "1"}
+
+
+AVERAGING = 0.997  # of the weights over steps; the average is what is shipped
 
 
 @dataclass(frozen=True)
@@ -64,23 +75,29 @@ def schedule(plan: Plan, index: int) -> tuple[dict, dict]:
     return FULL_MIX, CROP_PLAN
 
 
+def dense_schedule(index: int) -> tuple[dict, dict]:
+    """As `schedule`, for the second batch of every joint step."""
+    return TOWER_MIX, DENSE_CROPS
+
+
 class Trainer:
     """Parameters, optimizer and position of one run; everything needed to resume it."""
 
     def __init__(self, plan: Plan, out: Path):
         self.plan, self.out, self.step, self.pages, self.seconds = plan, out, 0, 0, 0.0
-        self.exchange: Exchange | None = None
         self.shape = Shape.from_config(config_dict(plan.variant))
         shapes = {**parameter_shapes(self.shape), **auxiliary_shapes(self.shape)}
         self.parameters = FlatParameters(initial_values(shapes, plan.seed))
         self.master = torch.nn.Parameter(self.parameters.master)
+        self.average = self.parameters.master.clone()
         self.optimizer = torch.optim.AdamW([self.master], plan.learning_rate, (0.9, 0.98), 1e-8, plan.weight_decay,
                                            fused=True)
 
     def save(self) -> None:
         """Writes DIR/state.pt beside and renames it into place."""
         state = {"plan": dataclasses.asdict(self.plan), "step": self.step, "pages": self.pages,
-                 "seconds": self.seconds, "master": self.master.data, "optimizer": self.optimizer.state_dict()}
+                 "seconds": self.seconds, "master": self.master.data,
+                 "average": self.average, "optimizer": self.optimizer.state_dict()}
         partial = self.out / "state.partial"
         torch.save(state, partial)
         os.replace(partial, self.out / "state.pt")
@@ -89,42 +106,30 @@ class Trainer:
         state = torch.load(self.out / "state.pt", weights_only=True)
         self.step, self.pages, self.seconds = state["step"], state["pages"], state["seconds"]
         self.master.data.copy_(state["master"])
+        self.average.copy_(state.get("average", state["master"]))
         self.optimizer.load_state_dict(state["optimizer"])
         self.parameters.refresh()
 
-    def update(self, batch):
-        """One optimizer step on a batch; returns its Outcome."""
+    def update(self, batch: Batch, dense: Batch | None = None) -> Outcome:
+        """One optimizer step; `dense` is a second batch of which only the tower's loss counts. Returns the first's."""
         plan, flat = self.plan, self.parameters
         flat.grad.zero_()
         outcome = batch_loss(flat.weights, self.shape, batch, plan.tower_weight, self.step >= plan.tower_steps)
         outcome.loss.backward()
-        self.master.grad = self._with_help(flat.grad.float())
+        if dense is not None:
+            second = batch_loss(flat.weights, self.shape, dense, plan.tower_weight, language=False)
+            (second.loss * plan.tower_weight).backward()
+            outcome.parts |= {f"dense_{name}": second.parts[name] for name in ("patches", "slots")}
+        self.master.grad = flat.grad.float()
         outcome.parts["gradient"] = torch.nn.utils.clip_grad_norm_([self.master], 1.0).item()
         for group in self.optimizer.param_groups:
             group["lr"] = plan.rate(self.step)
         self.optimizer.step()
         flat.refresh()
+        self.average.lerp_(self.master.data, 1 - AVERAGING)
         self.step += 1
-        self.pages += len(batch.tiles)
+        self.pages += len(batch.tiles) + (0 if dense is None else len(dense.tiles))
         return outcome
-
-    def start_helper(self) -> None:
-        """Starts the process that adds gradients of its own batches."""
-        self.exchange = Exchange.around(self.parameters.working, self.step)
-        arguments = (self.exchange, self.plan, self.shape, dict(self.parameters.sizes))
-        multiprocessing.get_context("spawn").Process(target=run_helper, args=arguments, daemon=True).start()
-
-    def _with_help(self, gradient: torch.Tensor) -> torch.Tensor:
-        exchange = self.exchange
-        if exchange is None:
-            return gradient
-        exchange.step.fill_(self.step)
-        if exchange.ready:
-            gradient = gradient + exchange.gradient.float()
-            self.pages += int(exchange.pages)
-            exchange.pages.zero_()
-            exchange.ready.zero_()
-        return gradient
 
 
 class Log:
@@ -157,23 +162,23 @@ class Log:
         self._clear()
 
 
-def train(plan: Plan, out: Path, workers: int = 1, help_along: bool = False) -> Trainer:
+def train(plan: Plan, out: Path, workers: int = 1) -> Trainer:
     """Runs or resumes `plan` in the folder `out`; returns the finished trainer."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(plan.seed)
     trainer, log = Trainer(plan, out), Log(out / "log.jsonl")
     if (out / "state.pt").exists():
         trainer.resume()
-    if help_along:
-        trainer.start_helper()
     batches = batch_stream(TRAINING_SEED, functools.partial(schedule, plan), trainer.step, workers)
+    dense = batch_stream(TRAINING_SEED + "-dense", dense_schedule, trainer.step, 1)
     last_save = last = time.monotonic()
     since, pages = last, trainer.pages
     ended: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
     while trainer.step < plan.steps and not ended:
         batch = next(batches)
-        log.add(trainer.update(batch), batch.crop)
+        joint = trainer.step >= plan.tower_steps
+        log.add(trainer.update(batch, next(dense) if joint else None), batch.crop)
         now = time.monotonic()
         trainer.seconds += now - last
         last = now
@@ -191,16 +196,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for state, log and the final checkpoint")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1, help="processes that render pages")
-    parser.add_argument("--helper", action="store_true", help="a second process adds gradients")
     for field in dataclasses.fields(Plan):
         kind = type(field.default)
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default)
     options = vars(parser.parse_args(arguments))
     if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
         os.execve(sys.executable, [sys.executable, "-m", "vl2.nano.train", *sys.argv[1:]], {**os.environ, **ALLOCATOR})
-    out, threads, workers, helper = (options.pop(name) for name in ("out", "threads", "workers", "helper"))
+    out, threads, workers = (options.pop(name) for name in ("out", "threads", "workers"))
     torch.set_num_threads(threads)
-    train(Plan(**options), out, workers, helper)
+    train(Plan(**options), out, workers)
 
 
 if __name__ == "__main__":
