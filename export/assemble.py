@@ -47,7 +47,7 @@ def assemble(name: str, config: ModelConfig) -> TracedGraph:
     return TracedGraph(ir.Model(whole, ir_version=10), weights)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _trace_kinds(name: str, config: ModelConfig) -> dict[str, ir.Graph]:
     """Each kind of piece, traced; kept because the schemes of a checkpoint share it. Copy before use."""
     with torch.device("meta"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,8 +39,23 @@ class Checkpoint:
         entries = [self.entries[name] for name in self.sources[weight.parameter]]
         if weight.expert is not None:
             entries = entries[weight.expert : weight.expert + 1]
-        whole = read_tensor(entries[0]) if len(entries) == 1 else torch.stack([read_tensor(e) for e in entries])
-        return arrange(whole, weight.layout)
+        if len(entries) > 1:
+            return arrange(torch.stack([read_tensor(entry) for entry in entries]), weight.layout)
+        entry, layout = entries[0], weight.layout
+        if layout and layout[0][0] == "narrow" and layout[0][1][0] == 0:
+            entry, layout = _rows(entry, *layout[0][1][1:]), layout[1:]
+        return arrange(read_tensor(entry), layout)
+
+
+def _rows(entry: TensorEntry, start: int, length: int) -> TensorEntry:
+    """Part of a tensor, as if it were one of its own in the file."""
+    row_bytes = entry.size_bytes // entry.shape[0]
+    return replace(
+        entry,
+        shape=(length, *entry.shape[1:]),
+        offset=entry.offset + start * row_bytes,
+        size_bytes=length * row_bytes,
+    )
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -17,6 +17,8 @@ from vl2.export.schemes import storage_of
 from vl2.export.weights import Weight
 from vl2.model.vl2 import DeepseekVL2
 
+_BLOCK_ROWS = 4096
+
 
 class StreamedModel:
     """The reference of one checkpoint and scheme; nothing is loaded until it runs."""
@@ -57,7 +59,9 @@ class StreamedModel:
     def embedding_rows(self, ids: Tensor) -> Tensor:
         """Rows of the token table, as stored, in float32."""
         name = "language.embed_tokens.weight"
-        return self._stored(self._checkpoint.read(Weight(name, self._checkpoint.shapes[name]))[ids], name)
+        whole = Weight(name, self._checkpoint.shapes[name])
+        rows = [self._checkpoint.read(whole.then(("narrow", (0, i, 1)), (1, whole.shape[1]))) for i in ids.tolist()]
+        return self._stored(torch.cat(rows), name)
 
     def vector(self, name: str) -> Tensor:
         """A learnt vector of the top level, such as image_newline."""
@@ -81,13 +85,15 @@ class StreamedModel:
                 _assign(module, local, parameter)
 
     def _read(self, name: str) -> Tensor:
+        """A parameter in float32, filled block by block: beside it only one tensor of the file is in memory."""
         whole = Weight(name, self._checkpoint.shapes[name])
-        if len(self._checkpoint.sources[name]) == 1:
-            return self._stored(self._checkpoint.read(whole), name).reshape(whole.shape)
-        stacked = torch.empty(whole.shape)
-        for expert, row in enumerate(stacked):
-            row.copy_(self._stored(self._checkpoint.read(whole.of_expert(expert)), name))
-        return stacked
+        filled = torch.empty(whole.shape)
+        stacked = len(self._checkpoint.sources[name]) > 1
+        parts = [whole.of_expert(e) for e in range(whole.shape[0])] if stacked else [whole]
+        for target, part in zip(filled if stacked else [filled], parts, strict=True):
+            for rows, block in zip(target.split(_BLOCK_ROWS), part.row_blocks(_BLOCK_ROWS), strict=True):
+                rows.copy_(self._stored(self._checkpoint.read(block), name))
+        return filled
 
     def _stored(self, tensor: Tensor, name: str) -> Tensor:
         storage = storage_of(name, self._checkpoint.shapes[name], self._scheme)

@@ -1,6 +1,7 @@
 """Streams weights from the checkpoint into one file: read, converted, hashed and written tensor by tensor.
 
-Memory: one tensor in the dtype of the checkpoint and one block of it converted.
+Memory: one block of a tensor, in the dtype of the checkpoint and converted. Only rearranged tensors (the small
+up-projections of latent attention) are read whole.
 """
 
 from __future__ import annotations
@@ -54,14 +55,15 @@ def write_weights(
 
 def converted_blocks(place: PlacedWeight, checkpoint: Checkpoint, underflow: dict[str, int]) -> Iterator[memoryview]:
     """The bytes of one weight as stored, in blocks; counts in `underflow` what float16 turns into 0."""
-    tensor = checkpoint.read(place.weight)
-    name = checkpoint.entry(place.weight).name
-    rows = max(1, _BLOCK_ELEMENTS * len(tensor) // max(1, tensor.numel()))
-    for block in tensor.split(rows):
-        stored = block.to(place.storage.torch_dtype).contiguous()
-        if place.storage is FLOAT16 and block.dtype != torch.float16:
-            _check_range(block, place, checkpoint)
-            lost = int(torch.count_nonzero(block) - torch.count_nonzero(stored))
+    name, weight = checkpoint.entry(place.weight).name, place.weight
+    rows = max(1, _BLOCK_ELEMENTS * weight.shape[0] // weight.elements)
+    rearranged = any(step != "narrow" for step, _ in weight.layout)
+    parts = [checkpoint.read(weight)] if rearranged else map(checkpoint.read, weight.row_blocks(rows))
+    for part in parts:
+        stored = part.to(place.storage.torch_dtype).contiguous()
+        if place.storage is FLOAT16 and part.dtype != torch.float16:
+            _check_range(part, place, checkpoint)
+            lost = int(torch.count_nonzero(part) - torch.count_nonzero(stored))
             if lost:
                 underflow[name] = underflow.get(name, 0) + lost
         yield memoryview(stored.numpy()).cast("B")

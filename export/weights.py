@@ -40,6 +40,24 @@ class Weight:
         assert self.expert is None and not self.layout, f"{self.parameter} is not a whole stacked parameter"
         return replace(self, shape=self.shape[1:], expert=expert)
 
+    def row_blocks(self, rows: int) -> list[Weight]:
+        """The same numbers as several weights of at most `rows` rows each."""
+        first, kept = self._rows_of_parameter()
+        starts = range(0, self.shape[0], rows)
+        lengths = [min(rows, self.shape[0] - start) for start in starts]
+        return [
+            replace(
+                self, shape=(length, *self.shape[1:]), layout=(*kept, ("narrow", (0, first + start, length)))
+            )
+            for start, length in zip(starts, lengths, strict=True)
+        ]
+
+    def _rows_of_parameter(self) -> tuple[int, tuple[LayoutStep, ...]]:
+        """The first row held, and the layout without the step that chooses rows: rows of rows are rows."""
+        if self.layout and self.layout[-1][0] == "narrow" and self.layout[-1][1][0] == 0:
+            return self.layout[-1][1][1], self.layout[:-1]
+        return 0, self.layout
+
     def then(self, step: LayoutStep, shape: tuple[int, ...]) -> Weight:
         """The same numbers after one more rearrangement, which gives `shape`."""
         return replace(self, shape=shape, layout=(*self.layout, step))

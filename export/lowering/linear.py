@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
 from vl2.export.lowering.nodes import Scope
 
+# Weights are widened at use when they are stored narrower; blocks bound that copy (64 MB). Only a vocabulary is larger
+# than a block in the family's Tiny and Small.
+MAX_ELEMENTS = 16 << 20
+
 
 class LinearLowering:
     """Gemm over flattened rows: it takes the weight as checkpoints store it, [N, K], so nothing is transposed."""
 
-    def __init__(self) -> None:
+    def __init__(self, split_rows: Callable[[ir.Value, int], list[ir.Value]]) -> None:
+        """split_rows: takes a weight's value and a number of rows, gives values of at most so many rows each."""
+        self._split_rows = split_rows
         self._shapes: dict[tuple, ir.Value] = {}
 
     def __call__(self, scope: Scope, node: ir.Node) -> ir.Value:
         """The value that replaces the node's output; new nodes are added to `scope`."""
         x, weight, bias = (*node.inputs, None)[:3]
-        operands = [weight] if bias is None else [weight, bias]
         rank = len(x.shape)
         if rank == 2:
-            return scope.op("Gemm", [x, *operands], transB=1)
+            return self._gemm(scope, x, weight, bias)
         rows = scope.op("Flatten", [x], axis=rank - 1)
-        y = scope.op("Gemm", [rows, *operands], transB=1)
+        y = self._gemm(scope, rows, weight, bias)
         return scope.op("Reshape", [y, self._output_shape(scope, x, weight.shape[0])])
+
+    def _gemm(self, scope: Scope, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
+        size, inner = weight.shape
+        if size * inner <= MAX_ELEMENTS or bias is not None:
+            return scope.op("Gemm", [x, weight, *([] if bias is None else [bias])], transB=1)
+        blocks = self._split_rows(weight, MAX_ELEMENTS // inner)
+        return scope.op("Concat", [scope.op("Gemm", [x, block], transB=1) for block in blocks], axis=1)
 
     def _output_shape(self, scope: Scope, x: ir.Value, size: int) -> ir.Value:
         """[leading sides of x, size] as a value, computed once for every x with the same leading sides."""

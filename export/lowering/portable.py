@@ -14,17 +14,25 @@ from vl2.export.weights import Weight
 
 
 def lower(traced: TracedGraph) -> TracedGraph:
-    """Replaces every node of our domain, in place; stacked experts become one weight an expert."""
+    """Replaces every node of our domain, in place; stacked experts and the vocabulary become several weights."""
     graph, weights = traced.model.graph, dict(traced.weights)
 
-    def split(stacked: ir.Value) -> list[ir.Value]:
-        rows = _expert_values(stacked, weights.pop(stacked.name))
-        for value, weight in rows:
+    def divide(whole: ir.Value, parts: list[Weight]) -> list[ir.Value]:
+        weights.pop(whole.name)
+        values = [_part(whole, number, part) for number, part in enumerate(parts)]
+        for value, part in zip(values, parts, strict=True):
             graph.initializers.add(value)
-            weights[value.name] = weight
-        return [value for value, _ in rows]
+            weights[value.name] = part
+        return values
 
-    lowerings = {"Linear": LinearLowering(), "Experts": ExpertsLowering(split)}
+    def split_experts(stacked: ir.Value) -> list[ir.Value]:
+        weight = weights[stacked.name]
+        return divide(stacked, [weight.of_expert(e) for e in range(weight.shape[0])])
+
+    def split_rows(matrix: ir.Value, rows: int) -> list[ir.Value]:
+        return divide(matrix, weights[matrix.name].row_blocks(rows))
+
+    lowerings = {"Linear": LinearLowering(split_rows), "Experts": ExpertsLowering(split_experts)}
     for node in list(graph):
         if node.domain == DOMAIN:
             scope = Scope(f"{node.outputs[0].name}.")
@@ -35,10 +43,10 @@ def lower(traced: TracedGraph) -> TracedGraph:
     return TracedGraph(traced.model, weights)
 
 
-def _expert_values(stacked: ir.Value, weight: Weight) -> list[tuple[ir.Value, Weight]]:
-    kind, shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(weight.shape[1:])
-    names = [f"{stacked.name}.{e}" for e in range(weight.shape[0])]
-    return [(ir.Value(name=name, type=kind, shape=shape), weight.of_expert(e)) for e, name in enumerate(names)]
+def _part(whole: ir.Value, number: int, part: Weight) -> ir.Value:
+    return ir.Value(
+        name=f"{whole.name}.{number}", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(part.shape)
+    )
 
 
 def _replace(graph: ir.Graph, node: ir.Node, value: ir.Value, nodes: list[ir.Node]) -> None:

@@ -86,7 +86,8 @@ def test_ports_are_those_of_the_manifest_and_dynamic_sides_have_their_names(expo
     for graph in manifest.graphs.values():
         proto = onnx.load(bundle / graph.file, load_external_data=False).graph
         for ports, values in ((graph.inputs, proto.input), (graph.outputs, proto.output)):
-            sides = [[side.dim_param or side.dim_value for side in value.type.tensor_type.shape.dim] for value in values]
+            shapes = [value.type.tensor_type.shape.dim for value in values]
+            sides = [[side.dim_param or side.dim_value for side in shape] for shape in shapes]
             assert [value.name for value in values] == [port.name for port in ports]
             assert sides == [list(port.shape) for port in ports]
 
