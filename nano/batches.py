@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
-from queue import Full
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Full
 from random import Random
 
 import numpy as np

@@ -123,7 +123,8 @@ def draw_receipt(page: Page) -> list[Question]:
     left, right = MARGIN, page.width - MARGIN
     shop = fitting(page, size, lambda r: words.label(r, words.NAMES + words.CITIES, 0.4), right - left)
     rows = [shop]
-    page.text(((left + right - page.text_width(shop, size)) / 2 if rng.random() < 0.5 else left, baselines[0]), shop, size)
+    start = (left + right - page.text_width(shop, size)) / 2 if rng.random() < 0.5 else left
+    page.text((start, baselines[0]), shop, size)
     questions, total, used, prices = [ask(rng, "shop", shop)], 0, set(), []
     body = baselines[1:-1] if len(baselines) > 2 else baselines[1:]
     for y in body:
@@ -212,8 +213,8 @@ def draw_table(page: Page) -> list[Question]:
 
 
 KINDS = {
-    "word": draw_word, "dense": draw_dense, "lines": draw_lines, "receipt": draw_receipt, "form": draw_form, "table": draw_table,
-    "chart": draw_chart, "shapes": draw_shapes,
+    "word": draw_word, "dense": draw_dense, "lines": draw_lines, "receipt": draw_receipt, "form": draw_form,
+    "table": draw_table, "chart": draw_chart, "shapes": draw_shapes,
 }
 
 

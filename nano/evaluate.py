@@ -1,8 +1,8 @@
 """Scores a checkpoint (torch) or a bundle (torch-free runtime) on question and answer pages.
 
 `python -m vl2.nano.evaluate CHECKPOINT_OR_BUNDLE --data nano/heldout/heldout.jsonl` prints a table and one JSON line.
-An answer is right when it is equal to the expected one; a grounding answer when its label is equal and each of its boxes
-overlaps the expected one with an intersection over union of at least 0.5.
+An answer is right when it is equal to the expected one; a grounding answer when its label is equal and each of its
+boxes overlaps the expected one with an intersection over union of at least 0.5.
 """
 
 from __future__ import annotations

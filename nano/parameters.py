@@ -36,8 +36,9 @@ def _vision_shapes(v: dict) -> dict[str, tuple[int, ...]]:
         add(name + ".mlp.fc1", hidden, width)
         add(name + ".mlp.fc2", width, hidden)
     add("vision.norm", width)
-    for part, outs, ins in (("q", width, width), ("kv", 2 * width, width), ("proj", width, width), ("norm", width, None),
-                            ("mlp.fc1", hidden, width), ("mlp.fc2", width, hidden)):
+    pool = (("q", width, width), ("kv", 2 * width, width), ("proj", width, width), ("norm", width, None),
+            ("mlp.fc1", hidden, width), ("mlp.fc2", width, hidden))
+    for part, outs, ins in pool:
         add("vision.attn_pool." + part, outs, ins)
     return shapes
 

@@ -20,7 +20,8 @@ QUESTION_WORDS = (
     "say", "text", "all", "of", "in", "line", "word", "written", "here", "value", "bar", "highest", "lowest", "many",
     "there", "colour", "shapes", "circles", "squares", "triangles", "stars", "circle", "square", "triangle", "star",
     "price", "total", "name", "image", "for", "item", "costs", "has", "read", "shop", "row", "column", "shown", "box",
-    "much", "cost", "city", "date", "phone", "code", "age", "job", "room", "order", "time", "red", "green", "blue", "yellow", "purple", "orange", "black", "white",
+    "much", "cost", "city", "date", "phone", "code", "age", "job", "room", "order", "time",
+    "red", "green", "blue", "yellow", "purple", "orange", "black", "white",
 )
 _PRE_TOKENS = r"[\r\n]+| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 
@@ -88,7 +89,8 @@ def write_tokenizer(folder: Path) -> None:
         "tokenizer_class": "LlamaTokenizer",
         "unk_token": None,
     }
-    special = {"additional_special_tokens": [dict(plain[t]) for t in chat], **{k: dict(plain[v]) for k, v in names.items()}}
+    special = {"additional_special_tokens": [dict(plain[token]) for token in chat]}
+    special |= {name: dict(plain[token]) for name, token in names.items()}
     for entry in [*special["additional_special_tokens"], *(special[name] for name in names)]:
         entry.pop("special", None)
     contents = {

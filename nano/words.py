@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from random import Random
 
-ITEMS = ("Milk Bread Eggs Rice Salt Sugar Tea Coffee Juice Water Apple Pear Plum Grape Melon Lemon Peach Cheese Butter "
-         "Cream Yogurt Ham Beef Pork Fish Tuna Soup Pasta Pizza Cake Pie Cookie Honey Jam Oil Flour Corn Bean Pea Onion "
-         "Garlic Leek Carrot Potato Tomato Pepper Salad Nuts Soap Towel Brush Pen Paper Book Glue Tape Lamp Bulb Cable "
-         "Plug Screw Nail Hammer Rope Paint Bag Box Cup Plate Fork Knife Spoon Bowl Candle Match").split()
-NAMES = ("Anna Ben Carla David Emma Felix Greta Hugo Ida Jonas Klara Leo Maria Nils Olga Paul Rosa Simon Tina Uwe Vera "
-         "Willi Zoe Adam Beth Carl Dora Eric Fiona Gina Hans Iris Jack Kate Liam Mona Nora Otto Pia Ralf Sara Tom").split()
-CITIES = ("Berlin Paris Rome Madrid Oslo Vienna Prague London Dublin Lisbon Athens Cairo Delhi Tokyo Lima Quito Bern "
-          "Zurich Milan Turin Ghent Lyon Nice Porto Riga Kiev Minsk Sofia Tunis Dakar Accra Perth Boston Miami").split()
+ITEMS = (
+    "Milk Bread Eggs Rice Salt Sugar Tea Coffee Juice Water Apple Pear Plum Grape Melon Lemon Peach Cheese "
+    "Butter Cream Yogurt Ham Beef Pork Fish Tuna Soup Pasta Pizza Cake Pie Cookie Honey Jam Oil Flour Corn "
+    "Bean Pea Onion Garlic Leek Carrot Potato Tomato Pepper Salad Nuts Soap Towel Brush Pen Paper Book Glue "
+    "Tape Lamp Bulb Cable Plug Screw Nail Hammer Rope Paint Bag Box Cup Plate Fork Knife Spoon Bowl Candle "
+    "Match"
+).split()
+NAMES = (
+    "Anna Ben Carla David Emma Felix Greta Hugo Ida Jonas Klara Leo Maria Nils Olga Paul Rosa Simon Tina Uwe "
+    "Vera Willi Zoe Adam Beth Carl Dora Eric Fiona Gina Hans Iris Jack Kate Liam Mona Nora Otto Pia Ralf Sara "
+    "Tom"
+).split()
+CITIES = (
+    "Berlin Paris Rome Madrid Oslo Vienna Prague London Dublin Lisbon Athens Cairo Delhi Tokyo Lima Quito "
+    "Bern Zurich Milan Turin Ghent Lyon Nice Porto Riga Kiev Minsk Sofia Tunis Dakar Accra Perth Boston Miami"
+).split()
 JOBS = "Cook Baker Nurse Pilot Judge Clerk Smith Guard Tailor Doctor Farmer Driver Writer Singer Dancer Miner".split()
 MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 DAYS = "Mon Tue Wed Thu Fri Sat Sun".split()
-OTHERS = ("open closed north south left right house garden river stone cloud green winter summer music train plane ship "
-          "road bridge tower school market office window door table chair paper letter number signal engine wheel "
-          "danger exit enter push pull stop go wait slow fast hot cold high low empty full new old free sale").split()
+OTHERS = (
+    "open closed north south left right house garden river stone cloud green winter summer music train plane "
+    "ship road bridge tower school market office window door table chair paper letter number signal engine "
+    "wheel danger exit enter push pull stop go wait slow fast hot cold high low empty full new old free sale"
+).split()
 COLUMNS = "Qty Price Size Year Age Stock Code Cost Unit Rank Mass Date Score Goals Wins Loss".split()
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"

@@ -1,4 +1,5 @@
 import pytest
+
 from vl2.errors import VL2Error
 from vl2.nano.evaluate import evaluate, intersection_over_union, is_right, score
 

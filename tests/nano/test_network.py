@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+
 from vl2.model.checkpoint import load_model
 from vl2.nano.checkpoint_files import checkpoint_tensors
 from vl2.nano.geometry import config_dict, write_description

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from vl2.nano.geometry import write_description
 from vl2.nano.questions import PHRASINGS
 from vl2.nano.tokenizer import LATE_SPECIALS, VOCAB_SIZE, vocabulary
