@@ -1,7 +1,7 @@
 """What quantization needs to know of the inputs of a Linear: second moments, mean magnitudes, counts.
 
-Sums are kept in float64 and fed by float32 products of at most ROWS_AT_ONCE rows, so that neither the number of tokens
-nor how they are split changes more than the last digits of float32.
+Second moments are summed in float32, in place: the dense layer of the published Base has 12,288 inputs, so its matrix
+alone takes 0.6 GB. Their relative error stays near 1e-6; one-dimensional sums are kept in float64.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vl2.errors import VL2Error
 
 TEXT, IMAGE = 0, 1
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 2048
 BALANCES = ("modality", "none")
 TOKEN_WEIGHTS = ("uniform", "router")
 
@@ -41,7 +41,7 @@ class StatisticsOptions:
 
 @dataclass
 class SiteSum:
-    """Σ a x xᵀ and Σ a |x| over the tokens that reach one site, Σ a, and the tokens of each modality."""
+    """Σ a x xᵀ (float32) and Σ a |x| over the tokens that reach one site, Σ a, and the tokens of each modality."""
 
     outer: Tensor
     magnitude: Tensor
@@ -50,8 +50,7 @@ class SiteSum:
 
     @staticmethod
     def empty(size: int) -> SiteSum:
-        double = torch.float64
-        return SiteSum(torch.zeros(size, size, dtype=double), torch.zeros(size, dtype=double), 0.0,
+        return SiteSum(torch.zeros(size, size), torch.zeros(size, dtype=torch.float64), 0.0,
                        torch.zeros(2, dtype=torch.int64))
 
     def add(self, x: Tensor, modality: Tensor, weight: Tensor) -> None:
@@ -59,7 +58,7 @@ class SiteSum:
         for rows, kinds, a in zip(x.split(ROWS_AT_ONCE), modality.split(ROWS_AT_ONCE), weight.split(ROWS_AT_ONCE),
                                   strict=True):
             scaled = rows * a.sqrt()[:, None]
-            self.outer += scaled.T @ scaled
+            self.outer.addmm_(scaled.T, scaled)
             self.magnitude += a @ rows.abs()
             self.weight += float(a.sum(dtype=torch.float64))
             self.tokens += torch.bincount(kinds.int(), minlength=2)
@@ -67,10 +66,10 @@ class SiteSum:
     def tensors(self, site: str) -> dict[str, Tensor]:
         """`{site}.hessian` [K, K] = Σ a x xᵀ / Σ a and `{site}.abs_mean` [K] float32, `{site}.tokens` int64 [2].
 
-        All zero where no token came.
+        All zero where no token came. Ends the summing: the matrix is scaled in place, for it may be large.
         """
         scale = 1 / self.weight if self.weight > 0 else 0.0
-        return {f"{site}.hessian": (self.outer * scale).float(), f"{site}.abs_mean": (self.magnitude * scale).float(),
+        return {f"{site}.hessian": self.outer.mul_(scale), f"{site}.abs_mean": (self.magnitude * scale).float(),
                 f"{site}.tokens": self.tokens}
 
     @staticmethod
@@ -122,6 +121,11 @@ def token_weights(modality: Tensor, options: StatisticsOptions) -> Tensor:
     if options.balance == "none" or not bool(counts.all()):
         return torch.ones(len(modality))
     return (len(modality) / (2 * counts.double())).float()[modality.int()]
+
+
+def modality_weights(modality: Tensor, weight: Tensor) -> list[float]:
+    """a_t of a text and of an image token, 0 for a modality that does not occur."""
+    return [float(weight[modality == kind][:1].sum()) for kind in (TEXT, IMAGE)]
 
 
 @contextmanager
