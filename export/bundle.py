@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,21 @@ from typing import Any
 import onnx_ir as ir
 
 from vl2 import __version__
+from vl2.errors import VL2Error
 from vl2.export.checkpoint import Checkpoint, open_checkpoint
 from vl2.export.embeddings import FILE_NAME, embeddings_facts, embeddings_header, place_embeddings
 from vl2.export.facts import copied_files, image_facts, language_facts, module_facts, token_ids, tool_versions
 from vl2.export.graphs import declare_graphs
 from vl2.export.passes.store_weights import DataFile, PlacedWeight
 from vl2.export.plan import plan_checkpoint
+from vl2.export.resident import check_memory
 from vl2.export.schemes import check_scheme
 from vl2.export.source import source_name
+from vl2.export.source_hashes import hashed_in_background
 from vl2.export.staging import Staging, check_place, check_space, open_staging
 from vl2.export.stream import write_weights
 from vl2.export.to_onnx import build_graph, check_graph
 from vl2.export.verify import verify_bundle
-from vl2.file_hashes import sha256_of
 from vl2.manifest import FileFacts, Manifest, ModuleFacts, Source, file_facts, write_manifest
 
 # stage, bytes done, bytes in all
@@ -63,17 +65,17 @@ def export_checkpoint(
     check_scheme(options.scheme)
     check_place(out, options.force)
     checkpoint = open_checkpoint(source)
-    with open_staging(out) as staging, ThreadPoolExecutor(1) as hashing:
+    plan = plan_checkpoint(checkpoint, options.scheme)
+    if options.verify:
+        check_memory(plan.verify_memory_bytes)
+    with open_staging(out) as staging, hashed_in_background(_source_files(checkpoint)) as hashes:
         job = Job(checkpoint, options, staging, progress or _silent)
-        staging.resume(_inputs(job))
-        plan = plan_checkpoint(checkpoint, options.scheme)
+        inputs = _inputs(job)
+        staging.resume(inputs)
         check_space(staging, plan.bundle_bytes)
-        # The sources are hashed beside the work: both read the same pages from memory.
-        hashes = hashing.submit(_source_hashes, checkpoint)
-        try:
-            manifest = _write_bundle(job, hashes)
-        finally:
-            hashes.cancel()
+        manifest = _write_bundle(job, hashes)
+        if _inputs(job) != inputs:
+            raise VL2Error(f"files of {source} changed while they were exported", "export again when they are whole")
         staging.publish()
     return manifest
 
@@ -153,8 +155,8 @@ def _copy_files(job: Job) -> dict[str, Any]:
 
 def _inputs(job: Job) -> dict[str, Any]:
     """Everything that the graphs' files depend on."""
-    sources = [*job.checkpoint.weight_files, *copied_files(job.checkpoint.folder)]
-    status = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sources}
+    files = _source_files(job.checkpoint)
+    status = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
     return {
         "folder": str(job.checkpoint.folder.resolve()),
         "files": status,
@@ -164,9 +166,8 @@ def _inputs(job: Job) -> dict[str, Any]:
     }
 
 
-def _source_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    files = [*checkpoint.weight_files, *copied_files(checkpoint.folder)]
-    return {path.name: sha256_of(path) for path in files}
+def _source_files(checkpoint: Checkpoint) -> list[Path]:
+    return [*checkpoint.weight_files, *copied_files(checkpoint.folder)]
 
 
 def _sum_modules(parts) -> dict[str, ModuleFacts]:

@@ -1,4 +1,4 @@
-"""Keeps memory-mapped weights from piling up in the process's resident memory."""
+"""The memory of a parity run: checked before, and kept from piling up mapped weights meanwhile. Linux only."""
 
 from __future__ import annotations
 
@@ -9,8 +9,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_STATUS, _MAPS = Path("/proc/self/status"), Path("/proc/self/maps")
+from vl2.errors import VL2Error
+
+_STATUS, _MAPS, _MEMORY = Path("/proc/self/status"), Path("/proc/self/maps"), Path("/proc/meminfo")
 _INTERVAL_S = 0.05
+
+
+def check_memory(needed_bytes: int) -> None:
+    """Raises VL2Error when the system has less memory available than a parity run needs."""
+    if not _MEMORY.exists():
+        return
+    line = next(line for line in _MEMORY.read_text().splitlines() if line.startswith("MemAvailable"))
+    available_bytes = int(line.split()[1]) * 1024
+    if available_bytes < needed_bytes:
+        raise VL2Error(
+            f"comparing the bundle with the PyTorch model needs {needed_bytes / 1e9:.1f} GB of memory, "
+            f"{available_bytes / 1e9:.1f} GB are available",
+            "end other programs, or give --no-verify: the export itself needs less than 1 GB",
+        )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from vl2.manifest import Graph
 Cache = list[np.ndarray]
 
 _ERRORS_ONLY = 3
+_CONFIG = {"session.disable_prepacking": "1", "optimization.disable_specified_optimizers": "ConstantFolding"}
 
 
 class GraphSession:
@@ -20,10 +21,14 @@ class GraphSession:
     def __init__(self, folder: Path, graph: Graph):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        # folding would keep a float32 copy of every weight that is stored as float16
+        # Narrow weights must be widened one at a time: not folded (the highest level folds whatever is disabled), and
+        # not in the default order, which begins with all nodes that wait for no input.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        for key, value in _CONFIG.items():
+            options.add_session_config_entry(key, value)
         self._session = onnxruntime.InferenceSession(
-            str(folder / graph.file), options, ["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+            str(folder / graph.file), options, ["CPUExecutionProvider"]
         )
         self._graph = graph
 

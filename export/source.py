@@ -50,7 +50,7 @@ def _fetch(hub_id: str) -> Path:
     # The hub client passes on the errors of an HTTP library that changes with its version.
     except Exception as error:
         raise VL2Error(
-            f"`{hub_id}` could not be fetched: {type(error).__name__}: {str(error).splitlines()[0]}",
+            f"`{hub_id}` could not be fetched: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
             "without network, give the folder of a downloaded copy: vl2-export /path/to/folder --out BUNDLE; "
             "an interrupted download goes on where it broke off",
         ) from error

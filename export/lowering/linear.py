@@ -9,8 +9,7 @@ import onnx_ir as ir
 
 from vl2.export.lowering.nodes import Scope
 
-# Weights are widened at use when they are stored narrower; blocks bound that copy (64 MB). Only a vocabulary is larger
-# than a block in the family's Tiny and Small.
+# Weights are widened at use when they are stored narrower; blocks bound that copy (64 MB).
 MAX_ELEMENTS = 16 << 20
 
 
@@ -36,7 +35,9 @@ class LinearLowering:
         size, inner = weight.shape
         if size * inner <= MAX_ELEMENTS or bias is not None:
             return scope.op("Gemm", [x, weight, *([] if bias is None else [bias])], transB=1)
-        blocks = self._split_rows(weight, MAX_ELEMENTS // inner)
+        # a power of two, so that the blocks' sizes are whole pages and the file holds the matrix without gaps
+        rows = 1 << (MAX_ELEMENTS // inner).bit_length() - 1
+        blocks = self._split_rows(weight, rows)
         return scope.op("Concat", [scope.op("Gemm", [x, block], transB=1) for block in blocks], axis=1)
 
     def _output_shape(self, scope: Scope, x: ir.Value, size: int) -> ir.Value:

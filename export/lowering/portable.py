@@ -18,7 +18,8 @@ def lower(traced: TracedGraph) -> TracedGraph:
     graph, weights = traced.model.graph, dict(traced.weights)
 
     def divide(whole: ir.Value, parts: list[Weight]) -> list[ir.Value]:
-        weights.pop(whole.name)
+        if f"{whole.name}.0" in weights:  # read by two nodes
+            return [graph.initializers[f"{whole.name}.{number}"] for number in range(len(parts))]
         values = [_part(whole, number, part) for number, part in enumerate(parts)]
         for value, part in zip(values, parts, strict=True):
             graph.initializers.add(value)
@@ -39,6 +40,7 @@ def lower(traced: TracedGraph) -> TracedGraph:
             _replace(graph, node, lowerings[node.op_type](scope, node), scope.nodes)
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         del graph.initializers[name]
+        weights.pop(name, None)
     traced.model.opset_imports.pop(DOMAIN, None)
     return TracedGraph(traced.model, weights)
 

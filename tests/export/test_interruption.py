@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.export.checkpoints import copy_checkpoint
 from vl2.errors import VL2Error
 from vl2.export import ExportOptions, export_checkpoint
 from vl2.export.staging import STATE_NAME, open_staging
@@ -167,3 +168,15 @@ def test_the_manifest_is_written_last(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         export_checkpoint(checkpoint, out, OPTIONS, stop_at("embeddings weights"))
     assert not (partial(out) / MANIFEST_NAME).exists()
+
+
+def test_a_checkpoint_that_changes_under_the_export_is_noticed(goldens: Path, tmp_path: Path) -> None:
+    checkpoint = copy_checkpoint(goldens / "tiny-mini", tmp_path / "checkpoint")
+
+    def touch(stage: str, done_bytes: int, total_bytes: int) -> None:
+        if stage == "embeddings weights":
+            os.utime(checkpoint / "model.safetensors", ns=(1, 1))
+
+    with pytest.raises(VL2Error, match="changed while"):
+        export_checkpoint(checkpoint, tmp_path / "bundle", OPTIONS, touch)
+    assert not (tmp_path / "bundle").exists()

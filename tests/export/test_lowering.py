@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tests.export.lowered import session_of
 from tests.tolerances import ONNX_RUNTIME, assert_close
+from vl2.export.lowering import linear
 from vl2.manifest import Port
 from vl2.plugins.experts.op import experts
 
@@ -79,8 +80,18 @@ def test_the_order_of_a_tokens_choices_changes_nothing(experts_session) -> None:
     np.testing.assert_allclose(forward, backward, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("max_elements", [SIZE * INNER - 1, SIZE * 2])
+def test_a_matrix_in_blocks_of_rows_gives_the_same(monkeypatch, max_elements: int) -> None:
+    monkeypatch.setattr(linear, "MAX_ELEMENTS", max_elements)
+    check_linears(2, 3)
+
+
 @pytest.mark.parametrize("batch, tokens", [(1, 1), (3, 5)])
 def test_lowered_linears_equal_torch_in_two_and_three_dimensions(batch: int, tokens: int) -> None:
+    check_linears(batch, tokens)
+
+
+def check_linears(batch: int, tokens: int) -> None:
     x = Port("x", "float32", ("batch", "tokens", SIZE))
     y, last = Port("y", "float32", ("batch", "tokens", SIZE)), Port("last", "float32", ("batch", INNER))
     module = LinearModule("cpu")
