@@ -157,8 +157,9 @@ def _check(samples: list[Sample], processor: Processor, max_length: int) -> tupl
     checked, bad = [], []
     for sample in samples:
         try:
-            images = [load_image(image) for message in sample.conversation for image in message.images]
-            prompt = processor.encode(sample.conversation, inference=not sample.is_answered)
+            conversation = sample.opened()
+            images = [load_image(image) for message in conversation for image in message.images]
+            prompt = processor.encode(conversation, inference=not sample.is_answered)
         except VL2Error as error:
             bad.append(BadRow(sample.source, error.message))
             continue

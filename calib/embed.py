@@ -111,7 +111,7 @@ def _work(chunk: list[CheckedSample]) -> float:
 
 def _embed_chunk(weights: Weights, processor: Processor, chunk: list[CheckedSample], path: Path, work: Work) -> None:
     """Writes hidden, modality and the tower's sums for some conversations."""
-    prompts = [processor.encode(c.sample.conversation, inference=not c.sample.is_answered) for c in chunk]
+    prompts = [processor.encode(c.sample.opened(), inference=not c.sample.is_answered) for c in chunk]
     moments: dict[str, Moments] = {}
     tiles = torch.cat([torch.from_numpy(prompt.tiles) for prompt in prompts])
     share = len(tiles) / tile_steps(weights)

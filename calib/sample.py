@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
 from vl2.prompt import IMAGE_PLACEHOLDER, Message
 
-ImageSource = str | os.PathLike | Image.Image
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """The bytes of an image file. A Pillow image would keep its pixels once they were looked at, 20 times as much."""
+
+    data: bytes
+
+    def open(self) -> Image.Image:
+        """A new Pillow image whose pixels are not decoded yet. Raises what `PIL.Image.open` does."""
+        return Image.open(io.BytesIO(self.data))
+
+
+ImageSource = str | os.PathLike | Image.Image | EncodedImage
 
 
 @dataclass(frozen=True)
@@ -23,6 +36,15 @@ class Sample:
     @property
     def is_answered(self) -> bool:
         return bool(self.conversation[-1].content)
+
+    def opened(self) -> list[Message]:
+        """The conversation as `Processor.encode` takes it: encoded images opened anew."""
+        return [replace(message, images=tuple(_opened(image) for image in message.images))
+                for message in self.conversation]
+
+
+def _opened(image: ImageSource) -> str | os.PathLike | Image.Image:
+    return image.open() if isinstance(image, EncodedImage) else image
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from vl2.calib.sample import BadRow, Ignored, ImageSource, Row, question_sample
+from vl2.calib.sample import BadRow, EncodedImage, Ignored, ImageSource, Row, question_sample
 from vl2.errors import VL2Error
 
 _READ = {"index", "image", "image_path", "question", "answer", "hint"}
@@ -127,10 +127,12 @@ def _images(row: _TableRow, path: Path, offsets: dict[str, int]) -> list[ImageSo
     return [_decode_image(item) for item in _items(cell)]
 
 
-def _decode_image(text: str) -> Image.Image:
-    """A Pillow image whose pixels are not decoded yet."""
+def _decode_image(text: str) -> EncodedImage:
+    """The image of base64 text, of which only the header is looked at."""
     try:
-        return Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
+        image = EncodedImage(base64.b64decode(text, validate=True))
+        image.open()
+        return image
     except binascii.Error as error:
         raise _BadCell(f"the image is not base64: {error}") from error
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:

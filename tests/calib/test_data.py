@@ -13,6 +13,7 @@ from PIL import Image
 
 from vl2.calib.data import CalibrationData, DataOptions, image_sha256, read_data
 from vl2.calib.llava_json import iter_json_array
+from vl2.calib.sample import EncodedImage
 from vl2.errors import VL2Error
 from vl2.prompt import Processor
 
@@ -95,6 +96,8 @@ def test_tables_take_base64_references_lists_and_choices(processor: Processor, p
     assert [checked.sample.source.rsplit(":", 1)[1] for checked in
             sorted(data.samples, key=lambda c: c.sample.source)] == ["2", "3", "5"]
     assert data.ignored == ("column 'split'",)
+    held = [image for checked in data.samples for message in checked.sample.conversation for image in message.images]
+    assert {type(image) for image in held} == {EncodedImage}, "decoded pixels of all samples would fill the memory"
 
 
 def test_tables_take_paths_beside_the_file(processor: Processor, picture: Path) -> None:
