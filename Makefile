@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile
 
 # torch is named first and exactly, so that no other package chooses its build.
 $(VENV)/.installed: pyproject.toml

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from vl2.cli.reference import reference
+from vl2.nano.demo import ANSWER
 
 ROOT = Path(__file__).parents[2]
 GOLDENS = ROOT / "tests" / "goldens"
@@ -139,4 +140,4 @@ def test_the_demo_gives_the_right_answer_and_says_where_the_bundle_is(tmp_path):
     done = vl2("demo", "--out", tmp_path / "nano.bundle")
     assert done.returncode == 0, done.stderr
     answer, place = done.stdout.splitlines()
-    assert answer == DEMO_ANSWER and place == f"bundle: {(tmp_path / 'nano.bundle').resolve()}"
+    assert answer == ANSWER and place == f"bundle: {(tmp_path / 'nano.bundle').resolve()}"
