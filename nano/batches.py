@@ -23,19 +23,20 @@ from vl2.nano.questions import Question
 from vl2.prompt import Message, Processor
 
 TRAINING_SEED, HELD_OUT_SEED = "train", "held-out"
+MOST_LOCATED = 1  # grounding answers are long; more than one a page would crowd out the others
 IMAGE_START = 4  # bos, <|User|>, ":", " " come before the image block
 # Crop → (share of the batches, pages in a batch, text tokens a page may have).
 CROP_PLAN = {
-    (1, 1): (0.46, 16, 130), (2, 1): (0.18, 10, 150), (1, 2): (0.14, 10, 150), (2, 2): (0.10, 6, 170),
-    (3, 1): (0.06, 8, 170), (1, 3): (0.06, 8, 170),
+    (1, 1): (0.70, 16, 130), (2, 1): (0.10, 10, 150), (1, 2): (0.08, 10, 150), (2, 2): (0.05, 6, 170),
+    (3, 1): (0.035, 8, 170), (1, 3): (0.035, 8, 170),
 }
 # For the tower alone: dense pages of one tile, hardly any text to encode.
 TOWER_CROPS = {(1, 1): (0.9, 56, 24), (2, 1): (0.1, 24, 24)}
-DENSE_CROPS = {(1, 1): (0.9, 28, 24), (2, 1): (0.1, 12, 24)}
+DENSE_CROPS = {(1, 1): (0.9, 22, 24), (2, 1): (0.1, 10, 24)}
 # Kind of document → its share: for the tower alone, in the first part of joint training, afterwards.
 TOWER_MIX = {"dense": 60, "lines": 6, "receipt": 6, "form": 6, "table": 8, "chart": 6, "shapes": 8}
 EASY_MIX = {"word": 8, "dense": 25, "lines": 27, "receipt": 12, "form": 12, "table": 6, "chart": 4, "shapes": 6}
-FULL_MIX = {"word": 8, "dense": 15, "lines": 17, "receipt": 12, "form": 11, "table": 15, "chart": 10, "shapes": 12}
+FULL_MIX = {"word": 7, "dense": 10, "lines": 17, "receipt": 12, "form": 11, "table": 15, "chart": 11, "shapes": 17}
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,11 @@ def load_processor() -> Processor:
 
 
 def choose_questions(rng: Random, document: Document, processor: Processor, room: int) -> list[Question]:
-    """Questions of a page that fit into `room` text tokens: often the full text, at most two locations."""
+    """Questions of a page that fit into `room` text tokens: often the full text, at most MOST_LOCATED locations."""
     offered = list(document.questions)
     rng.shuffle(offered)
-    offered.sort(key=lambda q: q.task == "grounding" and rng.random() < 0.6)
+    # Colours are the rarest questions, locations the most frequent and longest.
+    offered.sort(key=lambda q: {"colour": -1, "grounding": 1}.get(q.task, 0) * (rng.random() < 0.6))
     if rng.random() < 0.5:
         offered.sort(key=lambda q: not (q.task == "ocr" and "line" not in q.question))
     chosen, located = [], 0
@@ -79,7 +81,7 @@ def choose_questions(rng: Random, document: Document, processor: Processor, room
         if room < 9:
             break
         length = len(processor.tokenizer.encode(question.question + question.answer).ids) + 7
-        if length > room or (question.task == "grounding" and located == 2):
+        if length > room or (question.task == "grounding" and located == MOST_LOCATED):
             continue
         located += question.task == "grounding"
         room -= length

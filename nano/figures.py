@@ -82,7 +82,7 @@ def draw_shapes(page: Page) -> list[Question]:
     cell = rng.uniform(28, 40)
     wide, high = int((page.width - 2 * MARGIN) / cell), int((page.height - 2 * MARGIN) / cell)
     places = [(i, j) for i in range(wide) for j in range(high)]
-    count = min(rng.choice((1, 2, 2, 3, 3, 4, 4, 5, 6, 7, MOST_SHAPES)), len(places))
+    count = min(rng.choice((1, 2, 2, 3, 3, 3, 4, 4, 5, 6, 7, MOST_SHAPES)), len(places))
     few_kinds = rng.sample(KINDS, rng.randint(1, len(KINDS)))
     colours = [c for c in COLOURS if c != "white" and (c != "black" or sum(page.background) > 300)]
     colours = rng.sample(colours, rng.randint(2, len(colours)))
@@ -101,9 +101,9 @@ def shape_questions(page: Page) -> list[Question]:
     labels = [mark.label for mark in page.marks]
     kinds, colours = Counter(kind for kind, _ in labels), Counter(colour for _, colour in labels)
     questions = [ask(rng, "count", str(len(labels)), "shapes")]
-    for kind in rng.sample(KINDS, 2):
-        questions.append(ask(rng, "count", str(kinds[kind]), f"{kind}s"))
+    absent = [kind for kind in KINDS if not kinds[kind]]
     questions += [ask(rng, "count", str(number), f"{kind}s") for kind, number in kinds.items()]
+    questions += [ask(rng, "count", "0", f"{kind}s") for kind in absent[:1]]
     questions.append(ask(rng, "count", str(colours[labels[0][1]]), f"{labels[0][1]} shapes"))
     both = Counter(labels)
     kind, colour = rng.choice(labels)

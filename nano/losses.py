@@ -14,7 +14,7 @@ from vl2.nano.labels import BLANK, CLASSES, SLOTS
 from vl2.nano.network import Shape, SideLosses, Weights, assemble, decoder, project, tower
 
 BALANCE_WEIGHT = 0.01
-POINTING_WEIGHT = 0.5
+POINTING_WEIGHT = 1.0
 BLANK_WEIGHT = 0.3
 
 
@@ -100,4 +100,7 @@ def _answer_loss(w: Weights, shape: Shape, batch: Batch, image: Tensor):
     for item, mistakes in zip(batch.questions, wrong.tolist(), strict=True):
         right, count = exact.get(item.task, (0, 0))
         exact[item.task] = (right + (mistakes == 0), count + 1)
-    return F.cross_entropy(logits, target), exact, side
+    # Long answers weigh less a token: the square root keeps transcriptions from drowning counts and colours.
+    weight = owner.bincount(minlength=len(batch.questions)).float().rsqrt()[owner]
+    loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
+    return loss, exact, side

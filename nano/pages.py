@@ -194,10 +194,10 @@ def finish(page: Page, disturb: float = 1.0) -> None:
     if rng.random() < 0.2 * disturb:
         reach = max(page.width, page.height) / 2
         _rotate(page, rng.uniform(-1, 1) * min(3.0, math.degrees((MARGIN - 1) / reach)))
-    if rng.random() < 0.3 * disturb:
+    if rng.random() < 0.2 * disturb:
         page.image = page.image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.4) * page.unit))
-    if rng.random() < 0.5 * disturb:
-        pixels = np.asarray(page.image, np.float32) + noise(rng, page.size[::-1]) * rng.uniform(2, 8)
+    if rng.random() < 0.35 * disturb:
+        pixels = np.asarray(page.image, np.float32) + noise(rng, page.size[::-1]) * rng.uniform(2, 7)
         page.image = Image.fromarray(np.clip(pixels, 0, 255, out=pixels).astype(np.uint8))
 
 

@@ -1,7 +1,8 @@
 """Trains vl2-nano from nothing: `python -m vl2.nano.train --out DIR`.
 
-Stage 1 teaches the tower alone to tell glyphs; stage 2 trains everything on question and answer pages, with the
-tower's labels still counting a little. A killed run resumes at its last checkpoint (DIR/state.pt).
+Stage 1 teaches the tower alone to tell glyphs; stage 2 trains everything on question and answer pages, beside each
+batch of which goes a dense one for the tower. A run that was ended resumes at its last state (DIR/state.pt); a finished
+one leaves DIR/checkpoint.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -31,7 +33,9 @@ from vl2.nano.batches import (
     Batch,
     batch_stream,
 )
+from vl2.nano.checkpoint_files import write_checkpoint
 from vl2.nano.geometry import config_dict
+from vl2.nano.helper import Exchange, run_helper
 from vl2.nano.losses import Outcome, auxiliary_shapes, batch_loss
 from vl2.nano.network import Shape
 from vl2.nano.parameters import FlatParameters, initial_values, parameter_shapes
@@ -85,6 +89,7 @@ class Trainer:
 
     def __init__(self, plan: Plan, out: Path):
         self.plan, self.out, self.step, self.pages, self.seconds = plan, out, 0, 0, 0.0
+        self.exchange: Exchange | None = None
         self.shape = Shape.from_config(config_dict(plan.variant))
         shapes = {**parameter_shapes(self.shape), **auxiliary_shapes(self.shape)}
         self.parameters = FlatParameters(initial_values(shapes, plan.seed))
@@ -120,7 +125,7 @@ class Trainer:
             second = batch_loss(flat.weights, self.shape, dense, plan.tower_weight, language=False)
             (second.loss * plan.tower_weight).backward()
             outcome.parts |= {f"dense_{name}": second.parts[name] for name in ("patches", "slots")}
-        self.master.grad = flat.grad.float()
+        self.master.grad = self._with_help(flat.grad.float())
         outcome.parts["gradient"] = torch.nn.utils.clip_grad_norm_([self.master], 1.0).item()
         for group in self.optimizer.param_groups:
             group["lr"] = plan.rate(self.step)
@@ -130,6 +135,24 @@ class Trainer:
         self.step += 1
         self.pages += len(batch.tiles) + (0 if dense is None else len(dense.tiles))
         return outcome
+
+    def start_helper(self) -> None:
+        """Starts the process that adds gradients of its own batches."""
+        self.exchange = Exchange.around(self.parameters.working, self.step)
+        arguments = (self.exchange, self.plan, schedule, self.shape, dict(self.parameters.sizes))
+        multiprocessing.get_context("spawn").Process(target=run_helper, args=arguments, daemon=True).start()
+
+    def _with_help(self, gradient: torch.Tensor) -> torch.Tensor:
+        exchange = self.exchange
+        if exchange is None:
+            return gradient
+        exchange.step.fill_(self.step)
+        if exchange.ready:
+            gradient = (gradient + exchange.gradient.float()) / 2
+            self.pages += int(exchange.pages)
+            exchange.pages.zero_()
+            exchange.ready.zero_()
+        return gradient
 
 
 class Log:
@@ -162,13 +185,15 @@ class Log:
         self._clear()
 
 
-def train(plan: Plan, out: Path, workers: int = 1) -> Trainer:
+def train(plan: Plan, out: Path, workers: int = 1, helper: bool = False) -> Trainer:
     """Runs or resumes `plan` in the folder `out`; returns the finished trainer."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(plan.seed)
     trainer, log = Trainer(plan, out), Log(out / "log.jsonl")
     if (out / "state.pt").exists():
         trainer.resume()
+    if helper:
+        trainer.start_helper()
     batches = batch_stream(TRAINING_SEED, functools.partial(schedule, plan), trainer.step, workers)
     dense = batch_stream(TRAINING_SEED + "-dense", dense_schedule, trainer.step, 1)
     last_save = last = time.monotonic()
@@ -196,15 +221,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for state, log and the final checkpoint")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1, help="processes that render pages")
+    parser.add_argument("--helper", action="store_true", help="a second process adds gradients")
     for field in dataclasses.fields(Plan):
         kind = type(field.default)
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default)
     options = vars(parser.parse_args(arguments))
     if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
         os.execve(sys.executable, [sys.executable, "-m", "vl2.nano.train", *sys.argv[1:]], {**os.environ, **ALLOCATOR})
-    out, threads, workers = (options.pop(name) for name in ("out", "threads", "workers"))
+    out, threads, workers, helper = (options.pop(name) for name in ("out", "threads", "workers", "helper"))
     torch.set_num_threads(threads)
-    train(Plan(**options), out, workers)
+    train(Plan(**options), out, workers, helper)
+    print(f"{out / 'checkpoint'}: {write_checkpoint(out, out / 'checkpoint'):,} bytes of weights")
 
 
 if __name__ == "__main__":
