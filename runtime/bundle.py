@@ -96,7 +96,7 @@ def check_processor(manifest: Manifest, processor: Processor, folder: Path) -> N
     for name, found, expected in facts:
         if found != expected:
             raise VL2Error(f"{folder}: {name} is {found} in the processor's files, {expected} in the manifest", _REMEDY)
-    largest = max(processor.tokenizer.get_vocab(with_added_tokens=True).values())
-    if largest >= manifest.language.vocab_size:
-        raise VL2Error(f"{folder}: the tokenizer has id {largest}, the model {manifest.language.vocab_size} ids",
+    if processor.largest_id >= manifest.language.vocab_size:
+        raise VL2Error(f"{folder}: the tokenizer has id {processor.largest_id}, "
+                       f"the model {manifest.language.vocab_size} ids",
                        "the tokenizer belongs to another model; copy the right one and export again")

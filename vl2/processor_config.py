@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from vl2.config import load_config
 from vl2.errors import VL2Error
 from vl2.image import ImageGeometry
@@ -54,14 +52,13 @@ def read_processor_config(folder: Path) -> ProcessorConfig:
                            values.get("mask_prompt", True))
 
 
-def check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
+def check_vocabulary(folder: Path, largest_id: int) -> None:
     """Raises VL2Error when the tokenizer gives ids that the model of config.json has no embedding for."""
     if not (folder / "config.json").is_file():
         return
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
     vocab_size = load_config(folder).language_config.vocab_size
-    if largest >= vocab_size:
-        raise VL2Error(f"{folder}: the tokenizer has id {largest}, the model {vocab_size} ids",
+    if largest_id >= vocab_size:
+        raise VL2Error(f"{folder}: the tokenizer has id {largest_id}, the model {vocab_size} ids",
                        "the tokenizer belongs to another model; copy the right one")
 
 

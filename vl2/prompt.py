@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -112,8 +113,14 @@ class Processor:
         folder = Path(folder)
         config = read_processor_config(folder)
         tokenizer, special = load_tokenizer(folder, IMAGE_PLACEHOLDER, config.pad_token)
-        check_vocabulary(folder, tokenizer)
-        return cls(tokenizer, special, config.geometry, config.ignore_id, config.mask_prompt)
+        processor = cls(tokenizer, special, config.geometry, config.ignore_id, config.mask_prompt)
+        check_vocabulary(folder, processor.largest_id)
+        return processor
+
+    @cached_property
+    def largest_id(self) -> int:
+        """The largest token id of the tokenizer, which may have holes below it."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values())
 
     bos_id = property(lambda self: self.special.bos_id)
     eos_id = property(lambda self: self.special.eos_id)

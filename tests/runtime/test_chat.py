@@ -34,7 +34,7 @@ TURNS = st.lists(st.tuples(st.sampled_from(["Where?", "And now?", "Why is it red
                            st.lists(st.sampled_from(NOISE), max_size=2)), min_size=1, max_size=4)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(TURNS)
 def test_a_conversation_with_cache_answers_as_one_without(shared_bundle: Path, turns: list) -> None:
     model = numpy_model_of(shared_bundle)

@@ -43,7 +43,7 @@ def test_answers_equal_the_loop_without_cache(numpy_model: Model, images: list) 
     assert list(answer.token_ids) == slow_ids(numpy_model, "What is shown?", images, 12)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(1, 400))
 def test_every_prefill_chunk_gives_the_same_answer(shared_bundle: Path, chunk: int) -> None:
     model = numpy_model_of(shared_bundle)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -79,7 +79,6 @@ def test_best_resolution_equals_the_word_by_word_search(size: tuple[int, int]) -
 
 
 @given(st.tuples(st.integers(1, 300), st.integers(1, 300)))
-@settings(deadline=None)
 def test_a_small_geometry_gives_whole_tiles_for_every_size(size: tuple[int, int]) -> None:
     image = Image.new("RGB", size, (255, 0, 0))
     try:
@@ -138,7 +137,6 @@ def test_a_truncated_image_is_refused_with_its_name(tmp_path: Path, kept: int) -
 
 
 @given(st.binary(max_size=200), st.integers(0, 3000))
-@settings(deadline=None)
 def test_any_damage_gives_an_image_or_a_clear_error(tmp_path_factory, noise: bytes, position: int) -> None:
     content = bytearray(png_bytes())
     content[position:position + len(noise)] = noise
