@@ -16,7 +16,8 @@ from vl2.nano.batches import HELD_OUT_SEED
 from vl2.nano.documents import Document, make_document
 from vl2.nano.questions import Question
 
-LARGEST_SCALE = 0.95
+LARGEST_SCALE = 1.1
+LONGEST_READING = 24  # characters; a whole page would be judged by its worst letter
 # Kind of document → pages of it, questions taken from each.
 PAGES = {"word": (26, 2), "lines": (20, 6), "receipt": (15, 8), "form": (14, 7), "table": (20, 8), "chart": (20, 6),
          "shapes": (28, 9)}
@@ -25,7 +26,8 @@ CROPS = {(1, 1): 50, (2, 1): 17, (1, 2): 17, (2, 2): 6, (3, 1): 5, (1, 3): 5}
 
 def pick_questions(rng: Random, document: Document, count: int) -> list[Question]:
     """`count` different questions of a page: at most one location, four of reading, three of counting."""
-    offered, picked, taken = list(document.questions), [], Counter()
+    offered = [q for q in document.questions if q.task != "ocr" or len(q.answer) <= LONGEST_READING]
+    picked, taken = [], Counter()
     rng.shuffle(offered)
     limits = {"grounding": 1, "ocr": 4, "count": 3}
     for question in offered:

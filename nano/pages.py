@@ -28,6 +28,7 @@ COLOURS = {
     "purple": (140, 60, 180), "orange": (250, 135, 20), "black": (25, 25, 25), "white": (250, 250, 250),
 }
 KINDS = ("circle", "square", "triangle", "star")
+SMALLEST_SCALE = 0.85  # image pixels over canvas pixels; text drawn smaller blurs when it is enlarged
 MARGIN = 5  # canvas pixels; also bounds how far rotation may move a corner
 
 
@@ -162,10 +163,13 @@ def jitter(rng: Random, colour: tuple[int, int, int], amount: int) -> tuple[int,
 
 
 def image_size(rng: Random, crop: tuple[int, int], largest_scale: float = 1.4) -> tuple[int, int]:
-    """An image size whose best resolution is `crop` tiles, at 0.7 to `largest_scale` the canvas, seldom filling it."""
+    """An image size whose best resolution is `crop` tiles, seldom filling its canvas.
+
+    It is SMALLEST_SCALE to `largest_scale` times the canvas.
+    """
     canvas = TILE * crop[0], TILE * crop[1]
     while True:
-        scale = math.exp(rng.uniform(math.log(0.7), math.log(largest_scale)))
+        scale = math.exp(rng.uniform(math.log(SMALLEST_SCALE), math.log(largest_scale)))
         shrink = [1.0, rng.uniform(0.8, 1.0)]
         rng.shuffle(shrink)
         size = round(canvas[0] * scale * shrink[0]), round(canvas[1] * scale * shrink[1])

@@ -59,7 +59,8 @@ class Plan:
     decay_steps: int = 2000
     learning_rate: float = 2e-3
     warmup_steps: int = 100
-    tower_weight: float = 0.3
+    tower_weight: float = 1.0
+    dense_every: int = 3
     weight_decay: float = 0.02
     seed: int = 0
 
@@ -202,8 +203,8 @@ def train(plan: Plan, out: Path, workers: int = 1, helper: bool = False) -> Trai
     signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
     while trainer.step < plan.steps and not ended:
         batch = next(batches)
-        joint = trainer.step >= plan.tower_steps
-        log.add(trainer.update(batch, next(dense) if joint else None), batch.crop)
+        second = next(dense) if trainer.step >= plan.tower_steps and trainer.step % plan.dense_every == 0 else None
+        log.add(trainer.update(batch, second), batch.crop)
         now = time.monotonic()
         trainer.seconds += now - last
         last = now
