@@ -20,7 +20,8 @@ class Answer:
     prompt_tokens: of the whole conversation; reused_tokens of them were in the cache. boxes: of grounding output, in
     0…999; box_problems: what of it could not be read. image_size: (width, height) of the image the boxes refer to, the
     last one. stop_reason: "eos", "length" (max_new_tokens or the model's positions are used up) or "stop".
-    encode_ms: cutting images and the vision graph. decode_ms: all tokens after the first, which prefill gives.
+    load_ms: making graphs ready, in the first answers only. encode_ms: cutting images and the vision graph.
+    decode_ms: all tokens after the first, which prefill gives.
     tokens_per_second: of decoding, None where nothing was decoded. peak_rss_bytes: of the process.
     """
 
@@ -32,6 +33,7 @@ class Answer:
     box_problems: tuple[str, ...]
     image_size: tuple[int, int] | None
     stop_reason: str
+    load_ms: float
     encode_ms: float
     prefill_ms: float
     decode_ms: float

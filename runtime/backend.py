@@ -18,9 +18,13 @@ class Backend(Protocol):
         """Where the graphs run, in one line."""
         ...
 
+    def load(self, graph: str) -> None:
+        """Makes a graph ready to run; nothing when it is."""
+        ...
+
     def run(self, graph: str, feeds: Arrays, results: Arrays) -> None:
         """Runs one graph on `feeds` and writes its outputs into the given `results`, all C-contiguous.
 
-        A graph is loaded on its first run; `results` never overlap `feeds`.
+        A graph that is not loaded is loaded first; `results` never overlap `feeds`.
         """
         ...

@@ -14,7 +14,7 @@ from vl2.runtime.detokenize import TextStream
 from vl2.runtime.engine import Context, Engine
 from vl2.runtime.memory import peak_rss_bytes
 from vl2.runtime.options import GenerationOptions
-from vl2.runtime.prompt_embeds import contents_of, embed
+from vl2.runtime.prompt_embeds import contents_of, embed, image_spans
 from vl2.runtime.sampling import Sampler
 
 
@@ -28,7 +28,7 @@ class Generation:
         self._stream = TextStream(engine.token_bytes, options.stop)
         self._ids: list[int] = []
         self._reused = self._decode_steps = 0
-        self._seconds = {"encode": 0.0, "prefill": 0.0, "decode": 0.0}
+        self._seconds = dict.fromkeys(("load", "encode", "prefill", "decode"), 0.0)
         context.turn += 1
         self._turn = context.turn
 
@@ -52,11 +52,19 @@ class Generation:
         self._check_turn()
         contents = contents_of(self._layout, self._engine)
         self._reused = self._context.keep_common(contents)
+        with self._timed("load"):
+            self._load_graphs()
         with self._timed("encode"):
             embeds = embed(self._engine, self._layout, self._reused)
         with self._timed("prefill"):
             logits = self._context.prefill(contents[self._reused:], embeds, self._options.prefill_chunk)
             return self._sampler.draw(logits)
+
+    def _load_graphs(self) -> None:
+        """The vision graph only where an image is not in the cache yet."""
+        self._engine.backend.load("decoder")
+        if any(end > self._reused for _, end in image_spans(self._layout, self._engine)):
+            self._engine.backend.load("vision")
 
     def _next_token(self, token: int) -> int:
         self._check_turn()
@@ -86,6 +94,7 @@ class Generation:
             box_problems=found.problems,
             image_size=images[-1].size if images else None,
             stop_reason=reason,
+            load_ms=seconds["load"] * 1e3,
             encode_ms=seconds["encode"] * 1e3,
             prefill_ms=seconds["prefill"] * 1e3,
             decode_ms=seconds["decode"] * 1e3,

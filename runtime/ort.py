@@ -52,6 +52,10 @@ class OrtBackend:
         note = f" ({self._choice.note})" if self._choice.note else ""
         return f"CPU, {self._threads} threads, {name}{note}"
 
+    def load(self, graph: str) -> None:
+        """As Backend.load."""
+        self._session(graph)
+
     def run(self, graph: str, feeds: Arrays, results: Arrays) -> None:
         """As Backend.run. Inputs are read in place; outputs are copied: with 24 cache tensors, binding each to its
         place took twice as long as running and copying."""
