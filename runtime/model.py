@@ -33,7 +33,7 @@ class Model:
 
     @property
     def backend(self) -> str:
-        """Where the graphs run, in one line; it loads the decoder."""
+        """Where the graphs run, in one line; where CUDA is offered it loads the decoder to find out."""
         return self.engine.backend.description
 
     def ask(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from vl2.manifest import Graph, Manifest
 from vl2.runtime.backend import Arrays
 from vl2.runtime.cores import physical_cores
 from vl2.runtime.options import BundleOptions
-from vl2.runtime.providers import CPU, CUDA, choose, installed_packages
+from vl2.runtime.providers import CPU, CUDA, Choice, choose, installed_packages
 
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(bool)": "bool", "tensor(float16)": "float16"}
 # Measured on a float16 bundle of 1.3 GB: 45 MB of own memory after loading, 2.8 GB with onnxruntime's defaults.
@@ -39,15 +41,18 @@ class OrtBackend:
         self._threads = options.threads or physical_cores()
         self._choice = choose(options.device, onnxruntime.get_available_providers(), installed_packages())
         if CUDA in self._choice.providers and hasattr(onnxruntime, "preload_dlls"):
-            onnxruntime.preload_dlls()
+            # It prints what it misses; standard output belongs to results.
+            with contextlib.redirect_stdout(sys.stderr):
+                onnxruntime.preload_dlls()
         self._sessions: dict[str, Any] = {}
 
     @property
     def description(self) -> str:
-        """Where graphs run; it loads the decoder, because only then is it known whether CUDA works."""
-        provider = self._session("decoder").get_providers()[0]
+        """Where graphs run; where CUDA is offered it loads the decoder, which alone tells whether CUDA works."""
+        if CUDA in self._choice.providers:
+            self.load("decoder")
         name = f"onnxruntime {self._ort.__version__}"
-        if provider == CUDA:
+        if CUDA in self._choice.providers:
             return f"CUDA, {name}"
         note = f" ({self._choice.note})" if self._choice.note else ""
         return f"CPU, {self._threads} threads, {name}{note}"
@@ -102,7 +107,7 @@ class OrtBackend:
             reason = "onnxruntime-gpu found no working CUDA and cuDNN libraries"
             if self._device == "cuda":
                 raise VL2Error(f"CUDA was asked for, but {reason}", "pip install 'onnxruntime-gpu[cuda,cudnn]'")
-            self._choice = type(self._choice)((CPU,), f"not CUDA: {reason}")
+            self._choice = Choice((CPU,), f"not CUDA: {reason}")
 
 
 def _check_ports(found: list, expected: tuple, path: Path) -> None:

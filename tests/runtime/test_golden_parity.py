@@ -74,3 +74,12 @@ def test_a_conversation_with_cache_answers_as_one_from_nothing(exported: Exporte
     fresh = exported.model.chat()
     fresh.history = chat.history[:-2]
     assert third.reused_tokens > 421 and third.token_ids == fresh.ask("Are you sure?", options=options).token_ids
+
+
+def test_a_float16_bundle_of_bfloat16_weights_gives_the_originals_tokens(goldens: Path, bundle_of) -> None:
+    folder = goldens / "tiny-mini"
+    facts = json.loads((folder / "golden" / "model.json").read_text())["cases"]["one"]
+    model = open_bundle(bundle_of(folder, "fp16"))
+    answer = model.ask(facts["conversation"][0]["content"], [goldens / "images" / f"{facts['images'][0]}.png"],
+                       GenerationOptions(max_new_tokens=COUNT, ignore_eos=True))
+    assert answer.text == facts["generated_text"]

@@ -18,6 +18,7 @@ from vl2.errors import VL2Error
 from vl2.manifest import read_manifest
 from vl2.runtime import BundleOptions, GenerationOptions, open_bundle
 from vl2.runtime.ort import OrtBackend
+from vl2.runtime.providers import CPU
 
 # Two orders of summing some hundred float32 numbers of size one.
 CLOSE = dict(rtol=1e-4, atol=1e-4)
@@ -79,7 +80,7 @@ def test_a_broken_graph_is_an_error_of_the_user(bundle: Path) -> None:
     (bundle / "decoder.onnx").write_bytes(b"nonsense")
     backend = OrtBackend(bundle, read_manifest(bundle), BundleOptions(device="cpu"))
     with pytest.raises(VL2Error, match=r"onnxruntime .* cannot load .*decoder\.onnx") as error:
-        _ = backend.description
+        backend.load("decoder")
     assert error.value.hint
 
 
@@ -90,7 +91,7 @@ def test_a_graph_that_differs_from_its_manifest_is_refused(bundle: Path) -> None
     content["graphs"]["decoder"]["cache"][0]["past"] = "past_keys.0"
     path.write_text(json.dumps(content))
     with pytest.raises(VL2Error, match=r"past_key\.0 is \('float32', 4\) in the graph, None in the manifest"):
-        _ = OrtBackend(bundle, read_manifest(bundle), BundleOptions(device="cpu")).description
+        OrtBackend(bundle, read_manifest(bundle), BundleOptions(device="cpu")).load("decoder")
 
 
 def test_a_failing_run_is_an_error_of_the_user(backend: OrtBackend) -> None:
@@ -99,6 +100,29 @@ def test_a_failing_run_is_an_error_of_the_user(backend: OrtBackend) -> None:
     with pytest.raises(VL2Error, match="onnxruntime failed in the graph decoder") as error:
         backend.run("decoder", feeds, results)
     assert error.value.hint
+
+
+@pytest.fixture
+def broken_cuda(monkeypatch) -> None:
+    """An onnxruntime that offers CUDA and then has to do without, as with missing libraries."""
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", CPU])
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_cuda_that_does_not_work_is_said_and_the_cpu_answers(shared_bundle: Path, broken_cuda, capfd) -> None:
+    model = open_bundle(shared_bundle)
+    assert "(not CUDA: onnxruntime-gpu found no working CUDA and cuDNN libraries)" in model.backend
+    assert model.ask("hello", options=GenerationOptions(3, ignore_eos=True)).token_ids
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_cuda_that_was_demanded_and_does_not_work_is_an_error(shared_bundle: Path, broken_cuda) -> None:
+    with pytest.raises(VL2Error, match="no working CUDA") as error:
+        open_bundle(shared_bundle, BundleOptions(device="cuda")).ask("hello")
+    assert "pip install" in error.value.hint
 
 
 _LOAD = """
@@ -119,7 +143,7 @@ backend = OrtBackend(Path(sys.argv[1]), Manifest, BundleOptions(device="cpu", th
 import vl2.runtime.ort
 vl2.runtime.ort._check_ports = lambda *_: None
 before = own_bytes()
-backend.description
+backend.load("decoder")
 print(own_bytes() - before)
 """
 
