@@ -18,7 +18,7 @@ It is vl2's demo, integration test and yardstick for quantization; it knows noth
 ## What it reads
 Text of about 12 to 24 pixels (in canvas pixels, after the image is fitted into its tiles) in DejaVu Sans, DejaVu Sans
 Bold and Pillow's built-in font: single strings, lines, receipts, forms, small tables; bar charts with printed values or
-an axis; up to eight coloured shapes. A fifth of the pages is rotated by up to 3 degrees, a third blurred, half noisy.
+an axis; up to eight coloured shapes. A fifth of the pages is rotated (up to 3 degrees), a fifth blurred, a third noisy.
 Words are listed ones or random letters, numbers, codes, dates. Questions are those of `nano/questions.py`, in English;
 ask close to these phrasings, for example "Read the text.", "What is the total?", "What is the price of Milk?",
 "What is the Qty of Rice?", "What is the value of Mar?", "Locate the word Total.", "How many circles are there?",

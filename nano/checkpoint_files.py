@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vl2.nano.geometry import config_dict, write_description
@@ -25,12 +25,28 @@ def checkpoint_tensors(values: dict[str, Tensor], dtype: torch.dtype = torch.bfl
     for name, value in values.items():
         if name.startswith("auxiliary."):
             continue
-        if ".mlp.experts." in name:
+        if ".experts." in name:
             lead, part = name.split(".experts.")
             tensors |= {f"{lead}.experts.{e}.{part}": matrix for e, matrix in enumerate(value)}
         else:
             tensors[name] = value
     return {name: tensor.to(dtype).contiguous() for name, tensor in sorted(tensors.items())}
+
+
+def training_values(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The reverse of `checkpoint_tensors`: float32 values of a checkpoint's tensors by training name, experts stacked.
+
+    Names of `shapes` that a checkpoint does not hold, the auxiliary heads, are left out.
+    """
+    stored = load_file(folder / WEIGHTS)
+    values: dict[str, Tensor] = {}
+    for name, size in shapes.items():
+        if name.startswith("auxiliary."):
+            continue
+        lead, stacked, part = name.partition(".experts.")
+        names = [f"{lead}.experts.{e}.{part}" for e in range(size[0])] if stacked else [name]
+        values[name] = torch.stack([stored[one] for one in names]).view(size).float()
+    return values
 
 
 def read_state(run: Path) -> tuple[dict, dict[str, Tensor]]:

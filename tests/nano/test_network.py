@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from vl2.model.checkpoint import load_model
-from vl2.nano.checkpoint_files import checkpoint_tensors
+from vl2.nano.checkpoint_files import WEIGHTS, checkpoint_tensors, training_values
 from vl2.nano.geometry import config_dict, write_description
 from vl2.nano.network import Shape, SideLosses, assemble, decoder, project, tower
 from vl2.nano.parameters import initial_values, parameter_shapes
@@ -67,3 +67,12 @@ def test_gradients_reach_every_parameter_but_the_unused_pooling_head():
 def test_the_configuration_spells_out_json(tmp_path):
     write_description(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["language_config"]["use_mla"] is False
+
+
+def test_training_can_go_on_from_a_checkpoint(tmp_path):
+    shapes = parameter_shapes(Shape.from_config(config_dict()))
+    values = initial_values(shapes, seed=2)
+    save_file(checkpoint_tensors(values, torch.float32), tmp_path / WEIGHTS)
+    restored = training_values(tmp_path, shapes)
+    assert restored.keys() == values.keys()
+    assert all(torch.equal(restored[name], value) for name, value in values.items())
