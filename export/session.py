@@ -12,24 +12,19 @@ from vl2.manifest import Graph
 Cache = list[np.ndarray]
 
 _ERRORS_ONLY = 3
-_CONFIG = {"session.disable_prepacking": "1", "optimization.disable_specified_optimizers": "ConstantFolding"}
 
 
 class GraphSession:
-    """Runs a graph with its weights memory-mapped, none of them packed or widened at the start."""
+    """Runs a graph with its weights memory-mapped."""
 
     def __init__(self, folder: Path, graph: Graph):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
-        # Narrow weights must be widened one at a time: not folded (the highest level folds whatever is disabled), and
-        # not in the default order, which begins with all nodes that wait for no input.
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-        for key, value in _CONFIG.items():
-            options.add_session_config_entry(key, value)
-        self._session = onnxruntime.InferenceSession(
-            str(folder / graph.file), options, ["CPUExecutionProvider"]
-        )
+        # a packed copy of float32 weights would take their size again, on top of the map
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        # an arena would keep the largest step's memory for as long as the session lives
+        options.enable_cpu_mem_arena = False
+        self._session = onnxruntime.InferenceSession(str(folder / graph.file), options, ["CPUExecutionProvider"])
         self._graph = graph
 
     def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:

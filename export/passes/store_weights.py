@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from vl2.export.passes.widen_weights import Widening
 from vl2.export.schemes import FLOAT32, Storage, storage_of
 from vl2.export.weights import Weight
 
@@ -45,40 +46,21 @@ class DataFile:
 
 def store_weights(model: ir.Model, weights: Mapping[str, Weight], data: DataFile) -> list[PlacedWeight]:
     """Turns the initializers of `weights` into references to the data file; returns them in the order of the file."""
-    placed, end = [], 0
+    placed, end, widening = [], 0, Widening()
     for name, weight in weights.items():
         storage = storage_of(weight.parameter, data.parameter_shapes[weight.parameter], data.scheme)
         alignment = _ROW_ALIGNMENT if weight.expert else _ALIGNMENT
         place = PlacedWeight(name, weight, storage, -(-end // alignment) * alignment)
         placed.append(place)
         end = place.end
-        _refer(model.graph.initializers[name], place, data.name)
+        value = model.graph.initializers[name]
+        if storage is not FLOAT32:
+            widening.widen(value)
+        value.type = ir.TensorType(storage.onnx_dtype)
+        value.const_value = ir.ExternalTensor(
+            data.name, place.offset, place.size_bytes, storage.onnx_dtype, shape=ir.Shape(weight.shape), name=name
+        )
     return placed
-
-
-def _refer(value: ir.Value, place: PlacedWeight, file: str) -> None:
-    if place.storage is not FLOAT32:
-        _cast_at_use(value)
-    value.type = ir.TensorType(place.storage.onnx_dtype)
-    value.const_value = ir.ExternalTensor(
-        file,
-        place.offset,
-        place.size_bytes,
-        place.storage.onnx_dtype,
-        shape=ir.Shape(place.weight.shape),
-        name=place.name,
-    )
-
-
-def _cast_at_use(value: ir.Value) -> None:
-    """At use, not once: the float32 copy of an expert then lives only while that expert computes."""
-    for use in list(value.uses()):
-        to_float = ir.AttrInt64("to", ir.DataType.FLOAT)
-        cast = ir.Node("", "Cast", [value], [to_float], name=f"{use.node.name}.widen.{use.idx}")
-        widened = cast.outputs[0]
-        widened.name, widened.type, widened.shape = cast.name, ir.TensorType(ir.DataType.FLOAT), value.shape
-        use.node.graph.insert_before(use.node, cast)
-        use.node.replace_input_with(use.idx, widened)
 
 
 def all_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:

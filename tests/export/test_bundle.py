@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -186,3 +187,17 @@ def test_the_plan_foretells_the_bundle(exported) -> None:
         size = (bundle / file).stat().st_size
         assert planned <= size <= planned + 4096 * 400  # alignment: at most a page a tensor
     assert f"{plan.bundle_bytes / 1e6:.1f} MB" in plan.describe()
+
+
+@pytest.mark.parametrize("graph", ["vision", "decoder"])
+def test_a_session_widens_no_stored_weight_at_its_start(
+    bundle_of, goldens: Path, tmp_path: Path, graph: str
+) -> None:
+    bundle = bundle_of(goldens / "small-mini", "fp16")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(bundle / f"{graph}.onnx", options, ["CPUExecutionProvider"])
+    optimized = onnx.load(tmp_path / "optimized.onnx", load_external_data=False)
+    narrow = [name for name, array in stored_weights(bundle, graph).items() if array.dtype == np.float16]
+    casts = [node for node in all_nodes(optimized.graph) if node.op_type == "Cast" and "wide" in node.output[0]]
+    assert len(casts) == len(narrow) > 0
