@@ -47,7 +47,7 @@ class TensorReader(Mapping[str, Tensor]):
     def __init__(self, entries: Mapping[str, TensorEntry], forms: Mapping[str, Form | None]):
         self._entries = entries
         self._forms = forms
-        self._names = [_plain_name(name) for name in entries if not name.endswith((SCALE, SHAPE))]
+        self._plain = dict.fromkeys(_plain_name(name) for name in entries if not name.endswith((SCALE, SHAPE)))
 
     def __getitem__(self, name: str) -> Tensor:
         module = name.removesuffix(WEIGHT)
@@ -56,13 +56,13 @@ class TensorReader(Mapping[str, Tensor]):
         return read_tensor(self._entries[name])
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries or f"{str(name).removesuffix(WEIGHT)}{PACKED}" in self._entries
+        return name in self._plain
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._plain)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._plain)
 
     def quantized(self, module: str) -> Quantized:
         """Codes and scales of a quantized module; the scales in float16 if the file has that, else float32."""

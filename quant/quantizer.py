@@ -33,7 +33,7 @@ from vl2.quant.statistics import LayerStatistics
 from vl2.safetensors_file import read_header
 
 Progress = Callable[[str, int, int], None]
-_HEAD_SITE = "lm_head.input"
+_HEAD_SITE, _JOB_NAME = "lm_head.input", "job.json"
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,13 @@ class Quantizer:
         reports = [report for part in self.parts for report in self._read_reports(part)]
         shards = {self._shard(part).name: read_header(self._shard(part)) for part in self.parts}
         publish(self.source, self._work, shards, self.description(reports))
-        for name in ("job.json", *(self._report_file(part).name for part in self.parts)):
-            (self._work / name).unlink()
         replaced = self.out.with_name(self.out.name + ".replaced")
         if self.out.exists():
             self.out.replace(replaced)
         self._work.replace(self.out)
+        # after the renaming: killed in between, the job could not be resumed without them
+        for name in (_JOB_NAME, *(self._report_file(part).name for part in self.parts)):
+            (self.out / name).unlink()
         if replaced.exists():
             shutil.rmtree(replaced)
         return self.out
@@ -168,7 +169,7 @@ class Quantizer:
             "source": self.source.fingerprint(), "recipe": to_json(self.recipe), "method": self.options.method,
             "calibration": to_json(self.options.calibration),
         }  # fmt: skip
-        path = self._work / "job.json"
+        path = self._work / _JOB_NAME
         if not self._work.exists():
             self._work.mkdir(parents=True)
             write_text(path, json.dumps(job))

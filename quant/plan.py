@@ -1,0 +1,35 @@
+"""What a recipe will take on disk, from the configuration alone: for --dry-run and for choosing a recipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from vl2.config import ModelConfig
+from vl2.model.checkpoint import expected_tensors
+from vl2.modules import module_of
+from vl2.quant.linears import WEIGHT
+from vl2.quant.packing import packed_columns
+from vl2.quant.quantization_config import Form, form_of
+from vl2.quant.scheme import Scheme
+
+_SCALE_BYTES, _WORD_BYTES, _SHAPE_BYTES = 2, 4, 16
+
+
+def planned_sizes(config: ModelConfig, schemes: Mapping[str, Scheme | None], kept_bytes: int = 2) -> dict[str, int]:
+    """Bytes by module (`vl2.modules`) of the checkpoint that `assign_schemes`' result leads to, without headers.
+
+    kept_bytes: a number's size in the source, 2 for bfloat16. Folds store a norm or router as float32, which adds less
+    than a thousandth.
+    """
+    sizes: dict[str, int] = {}
+    for name, shape in expected_tensors(config).items():
+        form = form_of(schemes.get(name.removesuffix(WEIGHT))) if name.endswith(WEIGHT) else None
+        size = math.prod(shape) * kept_bytes if form is None else _stored_bytes(form, *shape)
+        sizes[module_of(name)] = sizes.get(module_of(name), 0) + size
+    return dict(sorted(sizes.items()))
+
+
+def _stored_bytes(form: Form, rows: int, columns: int) -> int:
+    words = rows * packed_columns(columns, form.bits)
+    return words * _WORD_BYTES + rows * form.scale_columns(columns) * _SCALE_BYTES + _SHAPE_BYTES
