@@ -5,30 +5,20 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from random import Random
 
-from PIL import Image
-
 from vl2.calib.image_folder import read_image_folder
-from vl2.calib.jsonl import read_jsonl
-from vl2.calib.llava_json import read_llava
-from vl2.calib.sample import BadRow, Ignored, Row, Sample
 from vl2.calib.synthetic import iter_synthetic
-from vl2.calib.vlmevalkit_tsv import read_vlmevalkit
+from vl2.data.files import image_sha256, open_rows
+from vl2.data.sample import BadRow, Ignored, Row, Sample
 from vl2.errors import VL2Error
 from vl2.image import load_image
 from vl2.prompt import Processor
 
-# Suffix of a file → name of its format and reader.
-FORMATS: dict[str, tuple[str, Callable[[Path], Iterator[Row]]]] = {
-    ".jsonl": ("JSON lines", read_jsonl),
-    ".json": ("LLaVA JSON", read_llava),
-    ".tsv": ("VLMEvalKit TSV", read_vlmevalkit),
-}
 _SHOWN = 5  # bad rows in an error message
 
 
@@ -118,11 +108,7 @@ def _open(path: Path | None, options: DataOptions) -> tuple[str, Iterator[Row]]:
         return "image folder", read_image_folder(path, options.prompt)
     if not path.exists():
         raise VL2Error(f"{path}: no such file or folder", "give calibration data, or none for synthetic documents")
-    if path.suffix.lower() not in FORMATS:
-        kinds = ", ".join(f"{suffix} ({name})" for suffix, (name, _) in FORMATS.items())
-        raise VL2Error(f"{path}: the ending {path.suffix!r} is unknown", f"expected a folder of images, or {kinds}")
-    name, read = FORMATS[path.suffix.lower()]
-    return name, read(path)
+    return open_rows(path)
 
 
 @dataclass
@@ -170,11 +156,6 @@ def _check(samples: list[Sample], processor: Processor, max_length: int) -> tupl
         counts = len(prompt.input_ids), int(prompt.images_seq_mask.sum()), len(prompt.tiles)
         checked.append(CheckedSample(sample, *counts, hashes))
     return checked, bad
-
-
-def image_sha256(image: Image.Image) -> str:
-    """Of width, height and RGB pixels: equal for the same picture as PNG, as base64 and in memory."""
-    return hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.convert("RGB").tobytes()).hexdigest()
 
 
 def _refuse_too_many(bad: list[BadRow], rows: int, options: DataOptions) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from vl2.calib.sample import Ignored, Row, question_sample
+from vl2.data.sample import Ignored, Row, question_sample
 
 
 def read_image_folder(folder: Path, prompt: str) -> Iterator[Row]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import count
 from random import Random
 
-from vl2.calib.sample import Row, Sample
+from vl2.data.sample import Row, Sample
 from vl2.nano.documents import KINDS, Document, make_document
 from vl2.nano.geometry import CROPS
 from vl2.prompt import IMAGE_PLACEHOLDER, Message

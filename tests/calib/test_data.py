@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vl2.calib.data import CalibrationData, DataOptions, image_sha256, read_data
-from vl2.calib.llava_json import iter_json_array
-from vl2.calib.sample import EncodedImage
+from vl2.calib.data import CalibrationData, DataOptions, read_data
+from vl2.data.files import image_sha256
+from vl2.data.llava_json import iter_json_array
+from vl2.data.sample import EncodedImage
 from vl2.errors import VL2Error
 from vl2.prompt import Processor
 
@@ -257,7 +258,7 @@ def test_a_conversation_larger_than_the_budget_is_refused(processor: Processor, 
 def test_an_array_read_piece_by_piece_equals_the_array(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: list, indent: int | None
 ) -> None:
-    monkeypatch.setattr("vl2.calib.llava_json._BLOCK", 3)
+    monkeypatch.setattr("vl2.data.llava_json._BLOCK", 3)
     text = json.dumps(values, indent=indent)
     (tmp_path / "a.json").write_text(text, "utf-8")
     found = list(iter_json_array(tmp_path / "a.json"))

@@ -1,4 +1,4 @@
-"""What every reader of calibration data yields: one conversation a row, or why a row is none."""
+"""What every reader of data yields: one conversation a row, or why a row is none."""
 
 from __future__ import annotations
 

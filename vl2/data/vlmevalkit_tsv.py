@@ -1,4 +1,4 @@
-"""Calibration data: VLMEvalKit's TSV (quantization guide, section 4.4).
+"""Data: VLMEvalKit's TSV (quantization guide, section 4.4).
 
 Columns: index, image (base64, a list literal of several, or the index of the row that holds the image) or image_path,
 question, answer (text or a list literal, of which the first counts), hint, and A, B, C … for choices.
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from vl2.calib.sample import BadRow, EncodedImage, Ignored, ImageSource, Row, question_sample
+from vl2.data.sample import BadRow, EncodedImage, Ignored, ImageSource, Row, question_sample
 from vl2.errors import VL2Error
 
 _READ = {"index", "image", "image_path", "question", "answer", "hint"}

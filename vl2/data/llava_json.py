@@ -1,4 +1,4 @@
-"""Calibration data: LLaVA's JSON, an array of records, read one at a time however long the file is.
+"""Data: LLaVA's JSON, an array of records, read one at a time however long the file is.
 
     [{"id": …, "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\n…"}, {"from": "gpt", …}]}, …]
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from vl2.calib.sample import BadRow, Ignored, Row, Sample
+from vl2.data.sample import BadRow, Ignored, Row, Sample
 from vl2.errors import VL2Error
 from vl2.prompt import Message
 

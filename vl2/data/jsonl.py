@@ -1,4 +1,4 @@
-"""Calibration data: JSON lines, one question a line (quantization guide, section 4.4).
+"""Data: JSON lines, one question a line (quantization guide, section 4.4).
 
     {"id": …, "image": "page.png", "question": "What is the total?", "answers": ["12.50", "12.5"]}
 
@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vl2.calib.llava_json import llava_sample
-from vl2.calib.sample import BadRow, Ignored, Row, Sample, question_sample
+from vl2.data.llava_json import llava_sample
+from vl2.data.sample import BadRow, Ignored, Row, Sample, question_sample
 
 _READ = {"id", "image", "images", "question", "answers", "answer", "conversations"}
 

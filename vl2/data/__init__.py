@@ -1,0 +1,1 @@
+"""What users bring as data: one reader a format, shared by calibration and evaluation."""
