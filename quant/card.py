@@ -34,6 +34,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     if fallbacks:
         text += "\nMatrices whose inputs the scheme's group does not divide took a smaller one:\n\n"
         text += _table(("modules", "matrices", "group"), fallbacks)
+    text += _leaning(facts["leaning_experts"])
     text += "\n## Source files\n\n"
     text += _table(("file", "sha256"), ((name, f"`{digest}`") for name, digest in facts["source"]["files"].items()))
     return text
@@ -43,6 +44,15 @@ def _calibration(calibration: Mapping[str, Any] | None) -> str:
     if calibration is None:
         return "No calibration data."
     return "Calibration: " + ", ".join(f"{key} {value}" for key, value in calibration.items()) + "."
+
+
+def _leaning(leaning: Mapping[str, list[int]]) -> str:
+    """Which experts saw too few tokens to be fitted by their own alone."""
+    if not leaning:
+        return ""
+    rows = ((layer, ", ".join(map(str, experts))) for layer, experts in leaning.items())
+    return ("\nExperts that fewer tokens than inputs reached, fitted mostly by their layer's Hessian:\n\n"
+            + _table(("layer", "experts"), rows))
 
 
 def _module_rows(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:

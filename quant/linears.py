@@ -10,7 +10,7 @@ from vl2.model.checkpoint import expected_tensors, unused_tensors
 
 WEIGHT = ".weight"
 _ROUTER = re.compile(r"language\.model\.layers\.\d+\.mlp\.gate")
-_EXPERT = re.compile(r"language\.model\.layers\.(\d+)\.mlp\.experts\.\d+\.\w+")
+_EXPERT = re.compile(r"language\.model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.\w+")
 HEAD = "language.lm_head"
 EMBEDDINGS = "language.model.embed_tokens"
 
@@ -39,5 +39,11 @@ def is_router(module: str) -> bool:
 
 def expert_layer(module: str) -> int | None:
     """The decoder layer whose routed experts `module` belongs to, None for any other module."""
+    expert = expert_of(module)
+    return None if expert is None else expert[0]
+
+
+def expert_of(module: str) -> tuple[int, int] | None:
+    """Decoder layer and number of the routed expert that `module` belongs to, None for any other module."""
     match = _EXPERT.fullmatch(module)
-    return int(match[1]) if match else None
+    return (int(match[1]), int(match[2])) if match else None

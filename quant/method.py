@@ -8,12 +8,14 @@ from torch import Tensor
 
 from vl2.errors import VL2Error
 from vl2.quant.affine import Quantized
-from vl2.quant.choice import Choice, choose
-from vl2.quant.gptq import factorize, gptq_codes
+from vl2.quant.choice import Choice, choose, join_rows
+from vl2.quant.gptq import Factor, factorize, gptq_codes
 from vl2.quant.imatrix import imatrix
 from vl2.quant.rtn import rtn
 from vl2.quant.scheme import Scheme
 from vl2.quant.statistics import Statistics
+
+CHUNK_ELEMENTS = 1 << 25  # of a weight at once: an lm_head of 129,280 rows would need ten copies of 0.7 GB
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ METHODS = {
     "gptq+search": Method(False, ("search", "gptq", "gptq+search")),
     "awq+gptq": Method(True, ("search", "gptq", "gptq+search")),
 }
+# The candidate whose scales each form of GPTQ takes.
+_GPTQ_SCALES = {"gptq": "rtn", "gptq+search": "search"}
 DEFAULT_METHOD = "awq+gptq"
 
 
@@ -55,14 +59,21 @@ def quantize_weight(weight: Tensor, statistics: Statistics | None, scheme: Schem
     """
     if method.needs_statistics and statistics is None:
         raise VL2Error("this method needs calibration statistics", "calibrate first, or use the method `search`")
+    # where no damping gives a factor, rounding with searched scales is what remains
+    factor = factorize(statistics.hessian) if set(_GPTQ_SCALES) & set(method.candidates) else None
+    return join_rows([_quantize_rows(rows, statistics, scheme, (method, factor))
+                      for rows in weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1]))])
+
+
+def _quantize_rows(
+    weight: Tensor, statistics: Statistics | None, scheme: Scheme, how: tuple[Method, Factor | None]
+) -> Choice:
+    method, factor = how
     candidates = {"rtn": rtn(weight, statistics, scheme)}
     if "search" in method.candidates:
         candidates["search"] = imatrix(weight, statistics, scheme)
-    rescaled = {"gptq": "rtn", "gptq+search": "search"}
-    wanted = [name for name in rescaled if name in method.candidates]
-    factor = factorize(statistics.hessian) if wanted else None
-    # where no damping gives a factor, rounding with searched scales is what remains
-    for name in wanted if factor is not None else ():
-        scales = candidates[rescaled[name]].scales
-        candidates[name] = Quantized(gptq_codes(weight, scales, scheme.bits, factor), scales, scheme.bits)
+    for name, scaled in _GPTQ_SCALES.items() if factor is not None else ():
+        if name in method.candidates:
+            scales = candidates[scaled].scales
+            candidates[name] = Quantized(gptq_codes(weight, scales, scheme.bits, factor), scales, scheme.bits)
     return choose(weight, candidates, None if statistics is None else statistics.hessian)

@@ -17,9 +17,14 @@ def output_error(weight: Tensor, approximation: Tensor, hessian: Tensor | None) 
     return float((weighted * difference).sum().clamp(min=0))
 
 
+def output_energy(weight: Tensor, hessian: Tensor | None) -> float:
+    """E‖Wx‖², what `output_error` is measured against."""
+    return output_error(weight, weight.new_zeros(()).expand_as(weight), hessian)
+
+
 def relative_error(weight: Tensor, approximation: Tensor, hessian: Tensor | None) -> float:
     """`output_error` over the energy of the exact output; 0 where that is 0."""
-    energy = output_error(weight, weight.new_zeros(()).expand_as(weight), hessian)
+    energy = output_energy(weight, hessian)
     return output_error(weight, approximation, hessian) / energy if energy > 0 else 0.0
 
 

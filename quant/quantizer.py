@@ -1,7 +1,7 @@
 """A checkpoint into a quantized one, part by part: bounded memory, resumable, renamed into place whole.
 
-Beside OUT lies `OUT.partial/` while the job runs: one shard and one report a finished part, and `job.json`, which says
-what the folder was begun with.
+Beside OUT lies `OUT.partial/` while the job runs: one shard and one report a finished part, `job.json`, which says what
+the folder was begun with, and `stream/`, which is calibration's to work in.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vl2.quant.recipe import OuterParts, Recipe, assign_schemes, builtin_recipe,
 from vl2.quant.shard import write_shard, write_text
 from vl2.quant.sites import Site, Unit, layer_units, router_of
 from vl2.quant.source import Source
-from vl2.quant.stage import MatrixReport, PartResult, quantize_plain, quantize_stage
+from vl2.quant.stage import MatrixReport, PartResult, leaning_experts, quantize_plain, quantize_stage
 from vl2.quant.statistics import LayerStatistics
 from vl2.safetensors_file import read_header
 
@@ -39,7 +39,8 @@ _HEAD_SITE, _JOB_NAME = "lm_head.input", "job.json"
 @dataclass(frozen=True)
 class QuantizeOptions:
     """recipe: a built-in name or the path of a recipe file; outer: for built-in recipes only; method: of `METHODS`;
-    calibration: what the statistics were made from, for the model card; force: replace an existing output.
+    calibration: what the statistics were made from, for quantization.json and the model card, flat; force: replace an
+    existing output.
     """
 
     recipe: str = "int4"
@@ -79,6 +80,7 @@ class Quantizer:
         self.schemes = assign_schemes(self.recipe, self.source.config)
         self.parts = split_parts(self.source.entries)
         self._work = self.out.with_name(self.out.name + ".partial")
+        self.stream_dir = self._work / "stream"
         self._progress = progress
         self._done = 0
         self._begin()
@@ -122,11 +124,13 @@ class Quantizer:
         publish(self.source, self._work, shards, self.description(reports))
         replaced = self.out.with_name(self.out.name + ".replaced")
         if self.out.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
             self.out.replace(replaced)
         self._work.replace(self.out)
         # after the renaming: killed in between, the job could not be resumed without them
         for name in (_JOB_NAME, *(self._report_file(part).name for part in self.parts)):
             (self.out / name).unlink()
+        shutil.rmtree(self.out / self.stream_dir.name, ignore_errors=True)
         if replaced.exists():
             shutil.rmtree(replaced)
         return self.out
@@ -136,8 +140,14 @@ class Quantizer:
         forms = {module: form_of(scheme) for module, scheme in self.schemes.items()}
         return {
             "recipe": self.recipe, "method": self.options.method, "calibration": self.options.calibration,
-            "forms": forms, "matrices": reports,
+            "leaning_experts": self._leaning_experts(reports), "forms": forms, "matrices": reports,
         }  # fmt: skip
+
+    def _leaning_experts(self, reports: list[MatrixReport]) -> dict[str, list[int]]:
+        """By layer; empty where no Hessian was looked at."""
+        if self.options.calibration is None or not (self.method.folds or self.method.candidates):
+            return {}
+        return leaning_experts(reports, self.source.config.language_config.hidden_size)
 
     def _result(self, part: Part, statistics: LayerStatistics | None) -> PartResult:
         modules = [name.removesuffix(WEIGHT) for name in self.parts[part] if name.endswith(WEIGHT)]

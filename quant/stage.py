@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from vl2.errors import VL2Error
 from vl2.quant.affine import SMALLEST_SCALE, Quantized
 from vl2.quant.fold import Stage, fold_norms, fold_unit, search_norm_scales
+from vl2.quant.linears import expert_of
 from vl2.quant.method import METHODS, Method, quantize_weight
 from vl2.quant.objective import relative_error
 from vl2.quant.recipe import fell_back
@@ -26,8 +27,9 @@ Report = Callable[[str], None]
 class MatrixReport:
     """How one matrix fared. Errors are of its output on the calibration statistics (of its weights without any).
 
-    `over_rtn`: error over rounding's, for all Linears quantized together; `tokens`: that reached it; `smallest_scales`:
-    scales raised to the smallest that is stored; `fell_back`: the group is not the scheme's (`Scheme.group_for`).
+    `over_rtn`: error over rounding's, for all Linears quantized together; `tokens`: that reached it (an expert's `down`
+    with those that nearly did, by their weight); `smallest_scales`: scales raised to the smallest that is stored;
+    `fell_back`: the group is not the scheme's (`Scheme.group_for`).
     """
 
     module: str
@@ -48,6 +50,16 @@ class PartResult:
     quantized: dict[str, Quantized] = field(default_factory=dict)
     folded: dict[str, Tensor] = field(default_factory=dict)
     reports: list[MatrixReport] = field(default_factory=list)
+
+
+def leaning_experts(reports: Iterable[MatrixReport], hidden_size: int) -> dict[str, list[int]]:
+    """Layer → experts with fewer tokens than inputs: in `blend_with_layer` the layer's Hessian outweighs their own."""
+    leaning: dict[str, list[int]] = {}
+    for report in reports:
+        expert = expert_of(report.module)
+        if expert is not None and report.module.endswith(".gate_proj") and report.tokens < hidden_size:
+            leaning.setdefault(str(expert[0]), []).append(expert[1])
+    return leaning
 
 
 def quantize_plain(source: Source, schemes: Mapping[str, Scheme], method: Method, report: Report) -> PartResult:
@@ -108,7 +120,7 @@ def _quantize_together(
 ) -> None:
     """Rows of several Linears as one matrix: they share inputs, so one Hessian and one factorisation."""
     try:
-        choice = quantize_weight(torch.cat(list(weights.values())), statistics, scheme, method)
+        choice = quantize_weight(_stacked(list(weights.values())), statistics, scheme, method)
     except VL2Error as error:
         raise VL2Error(f"`{next(iter(weights))}`: {error.message}", error.hint) from error
     rows = [len(weight) for weight in weights.values()]
@@ -116,10 +128,16 @@ def _quantize_together(
     hessian = None if statistics is None else statistics.hessian
     for (module, weight), (codes, scales) in zip(weights.items(), parts, strict=True):
         quantized = Quantized(codes, scales, scheme.bits)
+        own = relative_error(weight, quantized.dequantize(), hessian) if len(weights) > 1 else choice.relative_error
         result.quantized[module] = quantized
         result.reports.append(MatrixReport(
             module=module, scheme=scheme.name, group_size=scheme.group_size, method=choice.method,
-            relative_error=relative_error(weight, quantized.dequantize(), hessian), over_rtn=choice.over_rtn,
+            relative_error=own, over_rtn=choice.over_rtn,
             tokens=0 if statistics is None else statistics.tokens,
             smallest_scales=int((scales.float() == SMALLEST_SCALE).sum()), fell_back=fell_back(scheme),
         ))  # fmt: skip
+
+
+def _stacked(weights: list[Tensor]) -> Tensor:
+    """One matrix of all rows; a single one is not copied, for it may be an lm_head."""
+    return weights[0] if len(weights) == 1 else torch.cat(weights)

@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 
 from tests.quant.synthetic import Fixture, linear_fixture, mild, random_inputs, random_weight, statistics_of, strong
 from vl2.errors import VL2Error
+from vl2.quant import method as method_module
 from vl2.quant.affine import absmax_scales, quantize
 from vl2.quant.gptq import factorize, gptq, gptq_codes
 from vl2.quant.imatrix import imatrix
+from vl2.quant.method import METHODS as METHODS_BY_NAME
+from vl2.quant.method import quantize_weight
 from vl2.quant.objective import output_error, relative_error, signal_to_noise_db
 from vl2.quant.rtn import rtn
 from vl2.quant.scheme import SCHEMES
@@ -159,3 +162,14 @@ def test_a_hessian_that_no_damping_mends_gives_no_factor() -> None:
     weight = torch.randn(3, 4)
     made = gptq(weight, Statistics(hessian, torch.ones(4), 9), SCHEMES["int8-channel"], searched=False)
     assert torch.equal(made.codes, quantize(weight, made.scales, 8))
+
+
+def test_a_matrix_in_chunks_of_rows_gets_the_codes_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    fixture = linear_fixture(0.01, 12.0, tokens=512)
+    chosen = METHODS_BY_NAME["gptq+search"]
+    whole = quantize_weight(fixture.weight, fixture.statistics, INT4, chosen)
+    monkeypatch.setattr(method_module, "CHUNK_ELEMENTS", 100 * fixture.weight.shape[1])
+    parts = quantize_weight(fixture.weight, fixture.statistics, INT4, chosen)
+    assert parts.method == whole.method == "gptq+search" and torch.equal(parts.quantized.codes, whole.quantized.codes)
+    assert parts.relative_error == pytest.approx(whole.relative_error, rel=1e-4)
+    assert parts.over_rtn == pytest.approx(whole.over_rtn, rel=1e-4)
