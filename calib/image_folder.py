@@ -19,7 +19,7 @@ def read_image_folder(folder: Path, prompt: str) -> Iterator[Row]:
             continue
         suffix = path.suffix.lower()
         if suffix in known:
-            yield question_sample(str(path), prompt, (path,), "")
+            yield question_sample(str(path), prompt, (path,), (), {})
         elif suffix not in ignored:
             ignored.add(suffix)
             yield Ignored(f"files ending in {suffix!r}" if suffix else "files without an ending")

@@ -2,8 +2,8 @@
 
     {"id": …, "image": "page.png", "question": "What is the total?", "answers": ["12.50", "12.5"]}
 
-`image` or `images` are paths relative to the file, or absent in a text question; `question` is required; the first of
-`answers` (or `answer`) is taken. A line with `conversations` is read as a record of a LLaVA file.
+`image` or `images` are paths relative to the file, or absent in a text question; `question` is required; `answers`
+(or `answer`) are those that count as right. A line with `conversations` is read as a record of a LLaVA file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 from vl2.data.llava_json import llava_sample
 from vl2.data.sample import BadRow, Ignored, Row, Sample, question_sample
 
-_READ = {"id", "image", "images", "question", "answers", "answer", "conversations"}
+_CONVERSATION = {"image", "images", "question", "answers", "answer", "conversations"}
+_READ = {"id", *_CONVERSATION}
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:
@@ -51,11 +52,20 @@ def _sample(record: dict[str, Any], source: str, folder: Path) -> Sample | BadRo
     images = image_paths(record.get("images", record.get("image", [])), folder)
     if images is None:
         return BadRow(source, "`image` is no path; expected a path, or a list of paths in `images`")
-    answers = record.get("answers", record.get("answer", ""))
-    answer = answers[0] if isinstance(answers, list) and answers else answers or ""
-    if not isinstance(answer, (str, int, float)):
-        return BadRow(source, f"the answer is {answer!r}, expected text")
-    return question_sample(source, question, images, str(answer))
+    answers = answer_texts(record)
+    if answers is None:
+        return BadRow(source, f"the answer is {record.get('answers', record.get('answer'))!r}, expected text")
+    facts = {name: value for name, value in record.items() if name not in _CONVERSATION}
+    return question_sample(source, question, images, answers, facts)
+
+
+def answer_texts(record: dict[str, Any]) -> list[str] | None:
+    """`answers` or `answer` of a record as a list without empty ones; None when one is neither text nor a number."""
+    value = record.get("answers", record.get("answer"))
+    values = value if isinstance(value, list) else [value]
+    if not all(item is None or isinstance(item, (str, int, float)) for item in values):
+        return None
+    return [str(item) for item in values if item not in (None, "")]
 
 
 def image_paths(value: Any, folder: Path) -> tuple[Path, ...] | None:

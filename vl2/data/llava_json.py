@@ -14,7 +14,8 @@ from vl2.data.sample import BadRow, Ignored, Row, Sample
 from vl2.errors import VL2Error
 from vl2.prompt import Message
 
-_READ = {"id", "image", "images", "conversations"}
+_CONVERSATION = {"image", "images", "conversations"}
+_READ = {"id", *_CONVERSATION}
 _ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _BLOCK = 1 << 20
 _LONGEST_RECORD = 64 << 20
@@ -58,7 +59,8 @@ def llava_sample(record: dict[str, Any], source: str, folder: Path) -> Sample | 
         return BadRow(source, f"the conversation has {used} <image>, the record {len(images)} images")
     if messages[-1].role != "assistant":
         messages.append(Message("assistant", ""))
-    return Sample(tuple(messages), source)
+    facts = {name: value for name, value in record.items() if name not in _CONVERSATION}
+    return Sample(tuple(messages), source, tuple(filter(None, [messages[-1].content])), facts)
 
 
 def iter_json_array(path: Path) -> Iterator[tuple[int, Any]]:

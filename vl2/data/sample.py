@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from PIL import Image
 
@@ -28,10 +29,16 @@ ImageSource = str | os.PathLike | Image.Image | EncodedImage
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation. It ends with an assistant message, whose content is empty where the data hold no answer."""
+    """One conversation. It ends with an assistant message, whose content is empty where the data hold no answer.
+
+    source: file:line; answers: all that the row accepts, of which the conversation holds the first; facts: the row's
+    other fields by name, such as id, task, metric and boxes.
+    """
 
     conversation: tuple[Message, ...]
-    source: str  # file:line
+    source: str
+    answers: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_answered(self) -> bool:
@@ -68,11 +75,14 @@ class Ignored:
 Row = Sample | BadRow | Ignored
 
 
-def question_sample(source: str, question: str, images: Sequence[ImageSource], answer: str) -> Sample | BadRow:
+def question_sample(
+    source: str, question: str, images: Sequence[ImageSource], answers: Sequence[str], facts: Mapping[str, Any]
+) -> Sample | BadRow:
     """A question on images as one turn; where the text has no `<image>`, the images come before it."""
     placeholders = question.count(IMAGE_PLACEHOLDER)
     if placeholders not in (0, len(images)):
         return BadRow(source, f"the question has {placeholders} {IMAGE_PLACEHOLDER}, the row {len(images)} images")
     if placeholders == 0:
         question = f"{IMAGE_PLACEHOLDER}\n" * len(images) + question
-    return Sample((Message("user", question, tuple(images)), Message("assistant", answer)), source)
+    answer = Message("assistant", answers[0] if answers else "")
+    return Sample((Message("user", question, tuple(images)), answer), source, tuple(answers), facts)

@@ -1,7 +1,7 @@
 """Data: VLMEvalKit's TSV (quantization guide, section 4.4).
 
 Columns: index, image (base64, a list literal of several, or the index of the row that holds the image) or image_path,
-question, answer (text or a list literal, of which the first counts), hint, and A, B, C … for choices.
+question, answer (text or a list literal of several), hint, and A, B, C … for choices.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from PIL import Image, UnidentifiedImageError
 from vl2.data.sample import BadRow, EncodedImage, Ignored, ImageSource, Row, question_sample
 from vl2.errors import VL2Error
 
-_READ = {"index", "image", "image_path", "question", "answer", "hint"}
+_IMAGES = {"image", "image_path"}
+_READ = {"index", "question", "answer", "hint", *_IMAGES}
 _LONGEST_REFERENCE = 64  # characters; a longer image cell is base64, a shorter one the index of another row
 _LONGEST_CELL = 256 << 20
 
@@ -54,7 +55,9 @@ def read_vlmevalkit(path: Path) -> Iterator[Row]:
         ignored |= names
         try:
             images = _images(row, path, offsets)
-            yield question_sample(source, _question(row.cells), images, _items(row.cells.get("answer", ""))[0])
+            answers = _items(row.cells["answer"]) if "answer" in row.cells else []
+            facts = {name: cell for name, cell in row.cells.items() if name not in _IMAGES}
+            yield question_sample(source, _question(row.cells), images, answers, facts)
         except _BadCell as error:
             yield BadRow(source, str(error))
 
