@@ -23,7 +23,7 @@ from vl2.nano.questions import Question
 from vl2.prompt import Message, Processor
 
 TRAINING_SEED, HELD_OUT_SEED = "train", "held-out"
-MOST_LOCATED = 1  # grounding answers are long; more than one a page would crowd out the others
+MOST_LOCATED = 2  # grounding answers are long; more would crowd out the others
 IMAGE_START = 4  # bos, <|User|>, ":", " " come before the image block
 # Crop → (share of the batches, pages in a batch, text tokens a page may have).
 CROP_PLAN = {
