@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vl2.config import ModelConfig, load_config
 from vl2.errors import VL2Error
-from vl2.model.checkpoint import DTYPES, all_finite, check_checkpoint, parameter_sources, read_tensor
+from vl2.model.checkpoint import DTYPES, all_finite, check_checkpoint, check_unquantized, parameter_sources, read_tensor
 from vl2.safetensors_file import TensorEntry
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -41,6 +41,7 @@ class Weights:
 def open_weights(folder: Path | str) -> Weights:
     """Checks the folder from its headers alone; raises VL2Error as `load_config` and `check_checkpoint` do."""
     config = load_config(folder)
+    check_unquantized(folder, config)
     return Weights(Path(folder), config, check_checkpoint(folder, config), parameter_sources(config))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from vl2.config import ModelConfig, load_config
 from vl2.errors import VL2Error
+from vl2.model.packed import read_dequantized
+from vl2.model.tensors import DTYPES, all_finite, read_tensor
 from vl2.model.vl2 import DeepseekVL2
+from vl2.quantization import PACKED, SCALE, SHAPE, WEIGHT, Form
 from vl2.safetensors_file import TensorEntry, checkpoint_entries
 
 # Rules from the start of a parameter's name to the checkpoint's; a name that none matches is kept.
@@ -22,11 +26,11 @@ NAME_MAP: tuple[tuple[str, str], ...] = (
 # Stacked parameters: row e is the matrix of expert e.
 STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_proj|up_proj|down_proj)")
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
 # Selection scores are compared in float32; rounding the bias would change which experts are chosen.
 KEPT_FLOAT32 = ".e_score_correction_bias"
 
+_UNREAD_SUFFIXES = ("_zero_point", "_g_idx")
+_UNREAD = "asymmetric grids (weight_zero_point) and reordered groups (weight_g_idx) are not read"
 _SAME_MODEL = "config.json and the weights must come from the same model"
 
 
@@ -78,6 +82,36 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return expected | unused_tensors(config)
 
 
+def packed_forms(config: ModelConfig) -> dict[str, Form]:
+    """The matrices that lie packed in a quantized checkpoint, by module; none in any other."""
+    if config.quantization_config is None:
+        return {}
+    unused = unused_tensors(config)
+    matrices = (name.removesuffix(WEIGHT) for name, shape in expected_tensors(config).items()
+                if name.endswith(WEIGHT) and len(shape) == 2 and name not in unused)  # fmt: skip
+    forms = {module: config.quantization_config.form_of(module) for module in matrices}
+    return {module: form for module, form in forms.items() if form is not None}
+
+
+def stored_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """As `expected_tensors`, as they lie in the file: shape and allowed dtypes, packed ones in their three parts."""
+    forms, stored = packed_forms(config), {}
+    for name, shape in expected_tensors(config).items():
+        module = name.removesuffix(WEIGHT)
+        form = forms.get(module) if name.endswith(WEIGHT) else None
+        if form is None:
+            stored[name] = (shape, tuple(DTYPES))
+            continue
+        rows, columns = shape
+        if form.group_size is not None and columns % form.group_size:
+            raise VL2Error(f"`quantization_config` gives `{module}` groups of {form.group_size} columns, which do not "
+                           f"divide its {columns}")  # fmt: skip
+        stored[module + PACKED] = ((rows, form.word_columns(columns)), ("I32",))
+        stored[module + SCALE] = ((rows, form.scale_columns(columns)), tuple(DTYPES))
+        stored[module + SHAPE] = ((2,), ("I64",))
+    return stored
+
+
 def check_checkpoint(folder: Path | str, config: ModelConfig) -> dict[str, TensorEntry]:
     """The tensors of a folder, checked from headers alone: names, shapes, dtypes.
 
@@ -85,7 +119,7 @@ def check_checkpoint(folder: Path | str, config: ModelConfig) -> dict[str, Tenso
     are finite is checked when they are read.
     """
     entries = checkpoint_entries(folder)
-    expected = expected_tensors(config)
+    expected = stored_tensors(config)
     missing = [name for name in expected if name not in entries]
     if missing:
         raise VL2Error(
@@ -94,82 +128,75 @@ def check_checkpoint(folder: Path | str, config: ModelConfig) -> dict[str, Tenso
     for name, entry in entries.items():
         if name not in expected:
             raise VL2Error(
-                f"tensor `{name}` in {entry.path} is not part of the model that config.json describes", _SAME_MODEL
+                f"tensor `{name}` in {entry.path} is not part of the model that config.json describes",
+                _UNREAD if name.endswith(_UNREAD_SUFFIXES) else _SAME_MODEL,
             )
-        if entry.shape != expected[name]:
+        shape, dtypes = expected[name]
+        if entry.shape != shape:
+            raise VL2Error(f"tensor `{name}` in {entry.path} has the shape {list(entry.shape)}, expected {list(shape)}")
+        if entry.dtype not in dtypes:
             raise VL2Error(
-                f"tensor `{name}` in {entry.path} has the shape {list(entry.shape)}, expected {list(expected[name])}"
+                f"tensor `{name}` in {entry.path} has the dtype {entry.dtype}, expected {', '.join(dtypes)}"
             )
-        if entry.dtype not in DTYPES:
-            expected_dtypes = ", ".join(DTYPES)
-            raise VL2Error(f"tensor `{name}` in {entry.path} has the dtype {entry.dtype}, expected {expected_dtypes}")
     return entries
 
 
-def read_tensor(entry: TensorEntry) -> Tensor:
-    """One tensor in the dtype of the file, read into memory of its own.
-
-    A plain read, not a memory map: pages of a map count as resident until the file is closed. Raises VL2Error naming
-    tensor and file on a short read and on a NaN or infinity.
-    """
-    data = bytearray(entry.size_bytes)
-    with entry.path.open("rb", buffering=0) as file:
-        file.seek(entry.offset)
-        view, done = memoryview(data), 0
-        while done < len(data) and (count := file.readinto(view[done:])):
-            done += count
-    if done != len(data):
-        raise VL2Error(f"tensor `{entry.name}` in {entry.path} is cut off after {done} of {len(data)} bytes")
-    tensor = torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
-    if not all_finite(tensor):
-        raise VL2Error(
-            f"tensor `{entry.name}` in {entry.path} holds NaN or infinity",
-            "the file is damaged, or its training diverged: fetch it again",
-        )
-    return tensor
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite, without a mask as large as the tensor (aminmax passes NaN on)."""
-    low, high = tensor.aminmax()
-    return bool(low.isfinite() & high.isfinite())
+def check_unquantized(folder: Path | str, config: ModelConfig) -> None:
+    """Raises VL2Error for a quantized checkpoint, where the original numbers are needed."""
+    if config.quantization_config is not None:
+        raise VL2Error(f"{folder} is quantized already", "give the checkpoint that it was made from")
 
 
 def iter_tensors(folder: Path | str) -> Iterator[tuple[str, Tensor]]:
-    """Name and data of every parameter's tensors in file order, one in memory at a time; strict as `load_model`."""
+    """Name and data of every parameter's tensors in file order, one in memory at a time; strict as `load_model`.
+
+    Packed ones come dequantized, in float32.
+    """
     config = load_config(folder)
-    entries = check_checkpoint(folder, config)
+    entries, forms = check_checkpoint(folder, config), packed_forms(config)
     unused = unused_tensors(config)
     for name, entry in entries.items():
-        if name not in unused:
+        module = name.removesuffix(PACKED)
+        if name.endswith(PACKED):
+            yield module + WEIGHT, read_dequantized(entries, module, forms[module])
+        elif name not in unused and not name.endswith((SCALE, SHAPE)):
             yield name, read_tensor(entry)
 
 
 def load_model(folder: Path | str, dtype: torch.dtype = torch.float32) -> DeepseekVL2:
     """The model of a checkpoint folder, in eval mode, its parameters in `dtype`.
 
-    Built on the meta device and filled tensor by tensor, so the weights are in memory once. Raises VL2Error as
-    `load_config` and `check_checkpoint` do, and on numbers that are not finite or that `dtype` cannot hold.
+    Built on the meta device and filled tensor by tensor, so the weights are in memory once; packed ones come
+    dequantized. Raises VL2Error as `load_config` and `check_checkpoint` do, and on numbers that are not finite or that
+    `dtype` cannot hold.
     """
     config = load_config(folder)
-    entries = check_checkpoint(folder, config)
+    entries, forms = check_checkpoint(folder, config), packed_forms(config)
     with torch.device("meta"):
         model = DeepseekVL2(config)
     state = {}
     for name, parameter in model.state_dict().items():
-        sources = _sources(name, tuple(parameter.shape))
-        state[name] = _read_parameter([entries[source] for source in sources], parameter, dtype)
+        kept = torch.float32 if name.endswith(KEPT_FLOAT32) else dtype
+        tensors = (_read(source, entries, forms, kept) for source in _sources(name, tuple(parameter.shape)))
+        state[name] = _stacked(tensors, parameter, kept)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 
 
-def _read_parameter(entries: list[TensorEntry], parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    dtype = torch.float32 if entries[0].name.endswith(KEPT_FLOAT32) else dtype
-    if tuple(parameter.shape) == entries[0].shape:
-        return _cast(read_tensor(entries[0]), dtype, entries[0])
+def _read(source: str, entries: dict[str, TensorEntry], forms: dict[str, Form], dtype: torch.dtype) -> Tensor:
+    module = source.removesuffix(WEIGHT)
+    if module + PACKED in entries:
+        return _cast(read_dequantized(entries, module, forms[module]), dtype, entries[module + PACKED])
+    return _cast(read_tensor(entries[source]), dtype, entries[source])
+
+
+def _stacked(tensors: Iterator[Tensor], parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    first = next(tensors)
+    if first.shape == parameter.shape:
+        return first
     stacked = torch.empty(parameter.shape, dtype=dtype)
-    for row, entry in zip(stacked, entries, strict=True):
-        row.copy_(_cast(read_tensor(entry), dtype, entry))
+    for row, tensor in zip(stacked, itertools.chain((first,), tensors), strict=True):
+        row.copy_(tensor)
     return stacked
 
 

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vl2.config import ModelConfig
+from vl2.config import load_config
 from vl2.errors import VL2Error
 from vl2.json_file import read_json
-from vl2.model.checkpoint import DTYPES, expected_tensors, read_tensor, unused_tensors
+from vl2.model.checkpoint import check_checkpoint, read_tensor, unused_tensors
+from vl2.model.packed import read_codes, read_scales
 from vl2.quant.affine import Quantized
 from vl2.quant.linears import WEIGHT, matrices
-from vl2.quant.packing import pack, packed_columns, unpack
-from vl2.quant.quantization_config import Form, read_config
-from vl2.safetensors_file import TensorEntry, checkpoint_entries
+from vl2.quant.packing import pack
+from vl2.quant.quantization_config import Form
+from vl2.quantization import PACKED, SCALE, SHAPE
+from vl2.safetensors_file import TensorEntry
 
-PACKED, SCALE, SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
-_INTEGERS = {"I32": torch.int32, "I64": torch.int64}
+__all__ = ["PACKED", "SCALE", "SHAPE", "QuantizedCheckpoint", "TensorReader", "is_quantized", "packed_tensors"]
 
 
 def is_quantized(folder: Path) -> bool:
@@ -67,13 +67,9 @@ class TensorReader(Mapping[str, Tensor]):
     def quantized(self, module: str) -> Quantized:
         """Codes and scales of a quantized module; the scales in float16 if the file has that, else float32."""
         form = self._forms[module]
-        rows, columns = _read_integers(self._entries[module + SHAPE]).tolist()
-        words = _read_integers(self._entries[module + PACKED])
-        scales = read_tensor(self._entries[module + SCALE])
-        if bool((scales <= 0).any()):
-            raise VL2Error(f"`{module}{SCALE}` has a scale of {float(scales.min()):g}, expected more than 0")
+        scales = read_scales(self._entries, module)
         scales = scales if scales.dtype == torch.float16 else scales.float()
-        return Quantized(unpack(words.view(rows, -1), form.bits, columns), scales, form.bits)
+        return Quantized(read_codes(self._entries, module, form), scales, form.bits)
 
 
 class QuantizedCheckpoint:
@@ -86,9 +82,11 @@ class QuantizedCheckpoint:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.config, self.forms = _read_forms(self.folder)
-        self.entries = checkpoint_entries(self.folder)
-        _check_entries(self.folder, self.config, self.forms, self.entries)
+        self.config = load_config(self.folder)
+        if self.config.quantization_config is None:
+            raise VL2Error(f"{self.folder / 'config.json'} has no `quantization_config`", "it is not quantized")
+        self.forms = {module: self.config.quantization_config.form_of(module) for module in matrices(self.config)}
+        self.entries = check_checkpoint(self.folder, self.config)
         self.tensors = TensorReader(self.entries, self.forms)
 
     def quantized(self, module: str) -> Quantized:
@@ -107,65 +105,5 @@ class QuantizedCheckpoint:
                 yield name, self.tensors[name]
 
 
-def _read_forms(folder: Path) -> tuple[ModelConfig, dict[str, Form | None]]:
-    path = folder / "config.json"
-    values = read_json(path)
-    if "quantization_config" not in values:
-        raise VL2Error(f"{path} has no `quantization_config`", "this checkpoint is not quantized")
-    quantization: Any = values.pop("quantization_config")
-    try:
-        config = ModelConfig.from_dict(values)
-        return config, read_config(quantization, matrices(config))
-    except VL2Error as error:
-        raise VL2Error(f"{path}: {error.message}", error.hint) from error
-
-
-def _check_entries(
-    folder: Path, config: ModelConfig, forms: Mapping[str, Form | None], entries: Mapping[str, TensorEntry]
-) -> None:
-    expected = _expected(config, forms)
-    for name, (shape, dtypes) in expected.items():
-        if name not in entries:
-            raise VL2Error(f"{folder} lacks the tensor `{name}` that its config.json asks for")
-        entry = entries[name]
-        if entry.shape != shape:
-            raise VL2Error(f"`{name}` in {entry.path} has the shape {list(entry.shape)}, expected {list(shape)}")
-        if entry.dtype not in dtypes:
-            raise VL2Error(f"`{name}` in {entry.path} has the dtype {entry.dtype}, expected {' or '.join(dtypes)}")
-    for name, entry in entries.items():
-        if name not in expected:
-            raise VL2Error(
-                f"`{name}` in {entry.path} is not part of the model that config.json describes",
-                "asymmetric grids (weight_zero_point) and reordered groups (weight_g_idx) are not read",
-            )
-
-
-def _expected(
-    config: ModelConfig, forms: Mapping[str, Form | None]
-) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-    """Shape and allowed dtypes of every tensor of the file."""
-    expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
-    for name, shape in expected_tensors(config).items():
-        module = name.removesuffix(WEIGHT)
-        form = forms.get(module) if name.endswith(WEIGHT) else None
-        if form is None:
-            expected[name] = (shape, tuple(DTYPES))
-            continue
-        rows, columns = shape
-        expected[module + PACKED] = ((rows, packed_columns(columns, form.bits)), ("I32",))
-        expected[module + SCALE] = ((rows, form.scale_columns(columns)), tuple(DTYPES))
-        expected[module + SHAPE] = ((2,), ("I64",))
-    return expected
-
-
 def _plain_name(name: str) -> str:
     return name.removesuffix(PACKED) + WEIGHT if name.endswith(PACKED) else name
-
-
-def _read_integers(entry: TensorEntry) -> Tensor:
-    with entry.path.open("rb", buffering=0) as file:
-        file.seek(entry.offset)
-        data = bytearray(file.read(entry.size_bytes))
-    if len(data) != entry.size_bytes:
-        raise VL2Error(f"`{entry.name}` in {entry.path} is cut off after {len(data)} of {entry.size_bytes} bytes")
-    return torch.frombuffer(data, dtype=_INTEGERS[entry.dtype]).view(entry.shape)

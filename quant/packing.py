@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vl2.model.packed import unpack
+
+__all__ = ["pack", "packed_columns", "unpack"]
+
 assert sys.byteorder == "little", "packing views words as bytes and needs a little-endian machine"
 
 
@@ -27,15 +31,6 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 4:
         unsigned = unsigned[:, 0::2] | unsigned[:, 1::2] << 4
     return unsigned.contiguous().view(torch.int32)
-
-
-def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse of `pack`: int32 [N, W] to int8 codes [N, columns]."""
-    unsigned = words.contiguous().view(torch.uint8)
-    if bits == 4:
-        unsigned = torch.stack((unsigned & 0xF, unsigned >> 4), dim=-1).flatten(1)[:, :columns]
-        return unsigned.contiguous().view(torch.int8) - 8
-    return (unsigned[:, :columns] ^ 0x80).contiguous().view(torch.int8)
 
 
 def packed_columns(columns: int, bits: int) -> int:

@@ -8,31 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from vl2.errors import VL2Error
-from vl2.quant.linears import EMBEDDINGS
 from vl2.quant.scheme import Scheme
+from vl2.quantization import FORMAT, Form, QuantizationConfig
 
-FORMAT = "pack-quantized"
 _VERSION = "0.20.0"
-# What of compressed-tensors' weight settings `Form` and a symmetric grid can say.
-_READABLE: dict[str, tuple[Any, ...]] = {
-    "num_bits": (4, 8), "type": ("int",), "symmetric": (True,), "dynamic": (False,), "strategy": ("group", "channel"),
-}  # fmt: skip
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a matrix lies in the file: bits, and columns a scale (None: one scale a row)."""
-
-    bits: int
-    group_size: int | None
-
-    def scale_columns(self, inputs: int) -> int:
-        return 1 if self.group_size is None else inputs // self.group_size
 
 
 def form_of(scheme: Scheme | None) -> Form | None:
@@ -63,17 +45,8 @@ def read_config(values: Any, modules: Iterable[str]) -> dict[str, Form | None]:
 
     Raises VL2Error on another method or format and on what `Form` cannot say: activations, asymmetric or float grids.
     """
-    if not isinstance(values, dict) or values.get("quant_method") != "compressed-tensors":
-        method = values.get("quant_method") if isinstance(values, dict) else values
-        raise VL2Error(f"`quantization_config.quant_method` is {method!r}, expected 'compressed-tensors'")
-    if values.get("format") != FORMAT:
-        raise VL2Error(f"`quantization_config.format` is {values.get('format')!r}, expected {FORMAT!r}")
-    groups = [(group.get("targets", []), _form(name, group)) for name, group in values.get("config_groups", {}).items()]
-    ignored = values.get("ignore") or []
-    return {
-        module: None if _matches(module, ignored) else next((f for t, f in groups if _matches(module, t)), None)
-        for module in modules
-    }
+    config = QuantizationConfig.from_dict(values)
+    return {module: config.form_of(module) for module in modules}
 
 
 def _group(form: Form, targets: list[str]) -> dict[str, Any]:
@@ -83,29 +56,6 @@ def _group(form: Form, targets: list[str]) -> dict[str, Any]:
     return {
         "targets": targets, "weights": weights, "input_activations": None, "output_activations": None, "format": FORMAT
     }  # fmt: skip
-
-
-def _form(name: str, group: Mapping[str, Any]) -> Form:
-    where = f"quantization_config.config_groups.{name}"
-    weights = group.get("weights") or {}
-    if group.get("input_activations") or group.get("output_activations"):
-        raise VL2Error(f"`{where}` quantizes activations, expected weights only")
-    for key, choices in _READABLE.items():
-        if weights.get(key) not in choices:
-            expected = " or ".join(map(repr, choices))
-            raise VL2Error(f"`{where}.weights.{key}` is {weights.get(key)!r}, expected {expected}")
-    if weights.get("actorder") in ("group", "dynamic", True):
-        raise VL2Error(f"`{where}.weights.actorder` is {weights['actorder']!r}: reordered groups are not supported")
-    return Form(weights["num_bits"], weights["group_size"] if weights["strategy"] == "group" else None)
-
-
-def _matches(module: str, targets: Iterable[str]) -> bool:
-    return any(
-        re.match(target[3:], module) is not None
-        if target.startswith("re:")
-        else target == module or (target == "Linear" and module != EMBEDDINGS)
-        for target in targets
-    )
 
 
 def _patterns(forms: Mapping[str, Form | None], wanted: Form | None) -> list[str]:

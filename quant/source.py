@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vl2.config import load_config
 from vl2.errors import VL2Error
-from vl2.model.checkpoint import check_checkpoint, read_tensor
+from vl2.model.checkpoint import check_checkpoint, check_unquantized, read_tensor
 from vl2.quant.linears import WEIGHT
 
 
@@ -20,6 +20,7 @@ class Source:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.config = load_config(self.folder)
+        check_unquantized(self.folder, self.config)
         self.entries = check_checkpoint(self.folder, self.config)
 
     def tensor(self, name: str) -> Tensor:

@@ -33,8 +33,7 @@ def mini_folder(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def bundle_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`bundle_of(checkpoint, scheme="fp32")`: the bundle, exported once for all tests and all parallel workers."""
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if hasattr(request.config, "workerinput") else root
+    root = _shared_folder(request, tmp_path_factory)
 
     def export_once(checkpoint: Path, scheme: str = "fp32") -> Path:
         name = f"{checkpoint.parent.name if checkpoint.name == 'checkpoint' else checkpoint.name}-{scheme}.bundle"
@@ -47,6 +46,31 @@ def bundle_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         return root / name
 
     return export_once
+
+
+def _shared_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.getbasetemp()
+    return root.parent if hasattr(request.config, "workerinput") else root
+
+
+@pytest.fixture(scope="session")
+def quantized_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`quantized_of(checkpoint, recipe)`: rounded to nearest, vision, head and embeddings INT8 as well; made once."""
+    root = _shared_folder(request, tmp_path_factory)
+
+    def quantize_once(checkpoint: Path, recipe: str) -> Path:
+        name = f"{checkpoint.parent.name if checkpoint.name == 'checkpoint' else checkpoint.name}-{recipe}.quantized"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (root / name).exists():
+                from vl2.quant.quantizer import QuantizeOptions, quantize_checkpoint
+                from vl2.quant.recipe import OuterParts
+
+                outer = OuterParts(vision="int8", lm_head="int8", embeddings="int8")
+                quantize_checkpoint(checkpoint, root / name, QuantizeOptions(recipe, outer, "rtn"))
+        return root / name
+
+    return quantize_once
 
 
 @pytest.fixture(scope="session")

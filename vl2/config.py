@@ -14,6 +14,7 @@ from typing import Any
 from vl2.config_keys import check_choice, check_type, read_section
 from vl2.errors import VL2Error
 from vl2.json_file import read_json
+from vl2.quantization import QuantizationConfig
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ class LanguageConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One checkpoint. `candidate_resolutions` are (width, height) in pixels, in the file's order."""
+    """One checkpoint. `candidate_resolutions` are (width, height) in pixels, in the file's order; `quantization_config`
+    says which of its matrices are packed integers (None: none)."""
 
     vision_config: VisionConfig = field(default_factory=VisionConfig)
     projector_config: ProjectorConfig = field(default_factory=ProjectorConfig)
@@ -167,12 +169,13 @@ class ModelConfig:
     tile_tag: str = "2D"
     global_view_pos: str = "head"
     candidate_resolutions: tuple[tuple[int, int], ...] = ((384, 384),)
+    quantization_config: QuantizationConfig | None = None
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> ModelConfig:
         """Raises VL2Error naming the first key that is unknown, unsupported or inconsistent with another."""
         sections = ("vision_config", "projector_config", "language_config")
-        found = read_section(ModelConfig, "config", values, (*sections, "candidate_resolutions"))
+        found = read_section(ModelConfig, "config", values, (*sections, "candidate_resolutions", "quantization_config"))
         for section, cls in zip(sections, (VisionConfig, ProjectorConfig, LanguageConfig), strict=True):
             given = read_section(cls, section, found.get(section, {}), ("rope_scaling",))
             if given.get("rope_scaling") is not None:
@@ -182,6 +185,8 @@ class ModelConfig:
             raise VL2Error('config.json lacks `tile_tag`, expected "2D"')
         if "candidate_resolutions" in found:
             found["candidate_resolutions"] = _resolutions(found["candidate_resolutions"])
+        if found.get("quantization_config") is not None:
+            found["quantization_config"] = QuantizationConfig.from_dict(found["quantization_config"])
         return ModelConfig(**found)
 
     def __post_init__(self) -> None:

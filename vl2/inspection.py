@@ -7,9 +7,11 @@ from typing import Any
 
 from vl2.config import ModelConfig, load_config
 from vl2.errors import VL2Error
+from vl2.json_file import read_json
 from vl2.manifest import Manifest, read_manifest
 from vl2.modules import module_of
-from vl2.safetensors_file import checkpoint_entries
+from vl2.quantization import DESCRIPTION_NAME, PACKED, SCALE, SHAPE, Form
+from vl2.safetensors_file import TensorEntry, checkpoint_entries
 
 
 def inspect_path(path: Path, hashes: bool = False) -> dict[str, Any]:
@@ -30,9 +32,14 @@ def _checkpoint_facts(path: Path, config: ModelConfig, hashes: bool) -> dict[str
     modules: dict[str, dict] = defaultdict(lambda: {"parameters": 0, "size_bytes": 0, "dtypes": Counter()})
     for entry in entries.values():
         module = modules[module_of(entry.name)]
-        module["parameters"] += _count(entry.shape)
         module["size_bytes"] += entry.size_bytes
-        module["dtypes"][entry.dtype] += 1
+        if entry.name.endswith(PACKED):
+            form = _form(config, entry)
+            module["parameters"] += entry.shape[0] * (entry.shape[1] * 32 // form.bits)
+            module["dtypes"][form.describe()] += 1
+        elif not entry.name.endswith((SCALE, SHAPE)):
+            module["parameters"] += _count(entry.shape)
+            module["dtypes"][entry.dtype] += 1
     language = config.language_config
     files = sorted({entry.path for entry in entries.values()})
     facts = {
@@ -40,6 +47,7 @@ def _checkpoint_facts(path: Path, config: ModelConfig, hashes: bool) -> dict[str
         "attention": "mla" if language.use_mla else "mha",
         "layers": language.num_hidden_layers, "hidden_size": language.hidden_size,
         "experts": language.n_routed_experts, "experts_per_token": language.num_experts_per_tok,
+        "quantization": _quantization(path, config),
         "tensors": len(entries),
         "parameters": sum(module["parameters"] for module in modules.values()),
         "size_bytes": sum(module["size_bytes"] for module in modules.values()),
@@ -51,6 +59,24 @@ def _checkpoint_facts(path: Path, config: ModelConfig, hashes: bool) -> dict[str
         for file in files:
             facts["files"][file.name]["sha256"] = _sha256(file)
     return facts
+
+
+def _form(config: ModelConfig, packed: TensorEntry) -> Form:
+    module = packed.name.removesuffix(PACKED)
+    form = config.quantization_config.form_of(module) if config.quantization_config else None
+    if form is None:
+        raise VL2Error(f"`{packed.name}` in {packed.path} is packed, and config.json gives `{module}` no "
+                       "quantization", hint="config.json and the weights must come from the same quantization")
+    return form
+
+
+def _quantization(path: Path, config: ModelConfig) -> dict[str, Any] | None:
+    """What quantization.json says of recipe and method, where there is one; None for unquantized checkpoints."""
+    if config.quantization_config is None:
+        return None
+    facts = read_json(path / DESCRIPTION_NAME) if (path / DESCRIPTION_NAME).is_file() else {}
+    recipe = facts.get("recipe")
+    return {"recipe": recipe.get("name") if isinstance(recipe, dict) else None, "method": facts.get("method")}
 
 
 def _bundle_facts(path: Path, manifest: Manifest) -> dict[str, Any]:
@@ -89,15 +115,25 @@ def describe(facts: dict[str, Any]) -> str:
 def _checkpoint_lines(facts: dict[str, Any]) -> list[str]:
     lines = [f"{facts['layers']} layers, hidden {facts['hidden_size']}, {facts['attention'].upper()} attention, "
              f"{facts['experts']} experts, {facts['experts_per_token']} a token",
-             f"{facts['tensors']:,} tensors, {facts['parameters']:,} parameters", "", "modules"]
+             f"{facts['tensors']:,} tensors, {facts['parameters']:,} parameters", *_quantization_lines(facts), "",
+             "modules"]
     for name, module in facts["modules"].items():
         dtypes = ", ".join(f"{dtype}×{count}" for dtype, count in sorted(module["dtypes"].items()))
         lines.append(f"  {name:20} {module['parameters']:>16,} {_size(module['size_bytes']):>10}  {dtypes}")
     return [*lines, "", "files", *_file_lines(facts["files"]), f"config.json sha256 {facts['config_sha256']}"]
 
 
+def _quantization_lines(facts: dict[str, Any]) -> list[str]:
+    quantization = facts.get("quantization")
+    if quantization is None:
+        return []
+    named = {key: quantization.get(key) or "not said" for key in ("recipe", "method")}
+    return [f"quantized: recipe {named['recipe']}, method {named['method']}"]
+
+
 def _bundle_lines(facts: dict[str, Any]) -> list[str]:
-    lines = [f"scheme {facts['scheme']}, parity {facts['verify']['status']}, from {facts['source']['name']}"]
+    lines = [f"scheme {facts['scheme']}, parity {facts['verify']['status']}, from {facts['source']['name']}",
+             *_quantization_lines(facts)]
     lines += ["", "modules"]
     for name, module in facts["modules"].items():
         lines.append(f"  {name:20} {module['parameters']:>16,} {_size(module['size_bytes']):>10}")

@@ -102,7 +102,8 @@ def test_an_unknown_key_is_refused_by_name_in_every_section(section: str) -> Non
 
 
 REFUSED = (
-    ("quantization_config", {"bits": 4}, "unknown key `config.quantization_config`"),
+    ("quantization_config", {"bits": 4}, "`quantization_config.quant_method` is None"),
+    ("quantization_config", {"quant_method": "gptq", "bits": 4}, "`quantization_config.quant_method` is 'gptq'"),
     ("tile_tag", "1D", "`tile_tag` is '1D'.*expected '2D'"),
     ("global_view_pos", "middle", "`global_view_pos` is 'middle'.*'head' or 'tail'"),
     ("model_type", "deepseek_vl", "`config.model_type` is 'deepseek_vl'"),
