@@ -1,0 +1,130 @@
+"""Records a reference bundle once, so that bundles can be compared with it where it does not fit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from vl2 import __version__
+from vl2.accuracy.journal import Journal, refuse_existing
+from vl2.accuracy.logits import keep, log_softmax
+from vl2.accuracy.questions import Evaluation, Question
+from vl2.accuracy.recording import (
+    POSITIONS_NAME,
+    RECORDING_NAME,
+    SCHEMA_VERSION,
+    BundleFacts,
+    Recording,
+    RecordingFacts,
+    append_positions,
+    cut_positions,
+    position_dtype,
+    row_to_json,
+    to_entry,
+    write_facts,
+)
+from vl2.accuracy.walk import KINDS, Position, Reply, Walk, WalkOptions
+from vl2.errors import VL2Error
+from vl2.file_hashes import sha256_of
+from vl2.json_file import to_json
+from vl2.manifest import MANIFEST_NAME
+from vl2.runtime import Model
+from vl2.runtime.engine import Context
+
+# (questions done, of all)
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """walk: how answers are made; top: tokens kept a position, the vocabulary's size or more for all."""
+
+    walk: WalkOptions = field(default_factory=WalkOptions)
+    top: int = 1024
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class OpenBundle:
+    """A bundle with the folder it was opened from."""
+
+    folder: Path
+    model: Model
+
+
+def record(bundle: OpenBundle, data: Evaluation, out: Path, options: RecordOptions,
+           progress: Progress = lambda done, total: None) -> Recording:
+    """Asks every question of `data` and writes the recording `out`.
+
+    Works in the hidden folder `.NAME.partial` beside it and goes on there after an interruption, when bundle,
+    questions and options are the same. Raises VL2Error when `out` exists and `force` is not set.
+    """
+    refuse_existing(out, options.force, RECORDING_NAME)
+    facts, start = bundle_facts(bundle), time.monotonic()
+    job = {"bundle": facts.manifest_sha256, "data": data.sha256, "walk": to_json(options.walk), "top": options.top}
+    journal, dtype = Journal(out, job), position_dtype(options.top, facts.vocab_size)
+    path = journal.folder / POSITIONS_NAME
+    cut_positions(path, journal.rows, dtype)
+    context = Context(bundle.model.engine)
+    for done, question in enumerate(data.questions):
+        progress(done, len(data.questions))
+        if done >= len(journal.rows):
+            reply, entries = _answer(walk_of(context, bundle, question, options.walk), options.top, dtype)
+            append_positions(path, entries)
+            journal.append(row_to_json(question.sample.source, question.sha256, reply, len(entries)))
+    progress(len(data.questions), len(data.questions))
+    kinds = np.memmap(path, dtype, "r")["kind"]
+    write_facts(journal.folder, RecordingFacts(
+        schema_version=SCHEMA_VERSION, vl2_version=__version__, bundle=facts, data=data.path, data_sha256=data.sha256,
+        rows=len(journal.rows), **to_json(options.walk), top=min(options.top, facts.vocab_size),
+        positions={name: int((kinds == kind).sum()) for name, kind in KINDS.items()},
+        seconds=round(time.monotonic() - start, 1)))
+    journal.publish()
+    return Recording(out)
+
+
+def _answer(walk: Walk, top: int, dtype: np.dtype) -> tuple[Reply, np.ndarray]:
+    """The greedy answer and [positions] entries of what was seen."""
+    entries: list[np.ndarray] = []
+
+    def see(position: Position) -> None:
+        log_p = float(log_softmax(position.logits)[position.target])
+        entries.append(to_entry(position, keep(position.logits, top), log_p, dtype))
+
+    return walk.greedy(see), np.concatenate(entries)
+
+
+def walk_of(context: Context, bundle: OpenBundle, question: Question, options: WalkOptions) -> Walk:
+    """A question laid out for a bundle; an error names the row."""
+    try:
+        return Walk(context, bundle.model, question.conversation(), options)
+    except VL2Error as error:
+        raise VL2Error(f"{question.sample.source}: {error.message}", error.hint) from error
+
+
+def bundle_facts(bundle: OpenBundle) -> BundleFacts:
+    """What a recording and a report say of a bundle."""
+    manifest = bundle.model.manifest
+    tokenizer = manifest.files.get("tokenizer.json")
+    return BundleFacts(
+        path=str(bundle.folder), variant=manifest.variant, scheme=manifest.scheme, source=manifest.source.name,
+        manifest_sha256=sha256_of(bundle.folder / MANIFEST_NAME),
+        tokenizer_sha256=tokenizer.sha256 if tokenizer else "", vocab_size=manifest.language.vocab_size,
+        size_bytes=sum(file.size_bytes for file in manifest.files.values()), backend=bundle.model.backend)
+
+
+def same_prompts(recording: Recording, questions: Iterable[Question], data: str) -> None:
+    """Raises VL2Error at the first question that is not the recording's; more recorded ones may follow."""
+    count = 0
+    for count, question in enumerate(questions, 1):
+        if count > len(recording.rows):
+            raise VL2Error(f"{data} has more questions than the recording {recording.folder}, which has "
+                           f"{len(recording.rows)}", f"record again, or give --limit {len(recording.rows)}")
+        if recording.rows[count - 1].sha256 != question.sha256:
+            raise VL2Error(f"{question.sample.source}: the question or its image is not the one of the recording "
+                           f"{recording.folder} ({recording.rows[count - 1].source})",
+                           "compare on the data that was recorded, or record again")
