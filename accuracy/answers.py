@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vl2.accuracy.compare import Comparison
+from vl2.accuracy.comparison import Comparison
 from vl2.accuracy.edit_distance import similarity
 from vl2.accuracy.text_metrics import normalised
 from vl2.accuracy.walk import Reply

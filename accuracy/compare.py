@@ -1,112 +1,103 @@
-"""Runs a bundle along a recording: how far its logits are at each position, and what it answers by itself."""
+"""A whole comparison, from paths to a report."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from vl2.accuracy.journal import Journal
-from vl2.accuracy.logits import divergence, log_softmax
-from vl2.accuracy.questions import Evaluation
-from vl2.accuracy.record import OpenBundle, Progress, bundle_facts, same_prompts, walk_of
-from vl2.accuracy.recording import BundleFacts, RecordedPosition, RecordedRow, Recording, reply_from_json
-from vl2.accuracy.walk import Position, Reply, Walk, WalkOptions
+from vl2.accuracy.bounds import Bounds
+from vl2.accuracy.comparison import run_along
+from vl2.accuracy.journal import refuse_existing
+from vl2.accuracy.questions import DataOptions, read_questions
+from vl2.accuracy.record import OpenBundle, Progress, RecordOptions, record, recorded_already
+from vl2.accuracy.recording import RECORDING_NAME, Recording
+from vl2.accuracy.report import REPORT_NAME, write_report
+from vl2.accuracy.summary import summarise
 from vl2.errors import VL2Error
-from vl2.runtime.engine import Context
+from vl2.manifest import MANIFEST_NAME
+from vl2.runtime import Model, open_bundle
 
 
 @dataclass(frozen=True)
-class Positions:
-    """A column a figure, [n] for the seen positions of all rows. kind: ANSWER or TEXT; kld, kld_most: nats; log_p,
-    log_q: of the token that followed in the reference, float64; cluster: the question's image."""
+class CompareOptions:
+    """out: the folder to write, None for none; then an interrupted comparison cannot go on. force: replace `out`.
+    record: how a reference bundle is recorded; a recording brings its own."""
 
-    kind: np.ndarray
-    kld: np.ndarray
-    kld_most: np.ndarray
-    same_top1: np.ndarray
-    log_p: np.ndarray
-    log_q: np.ndarray
-    cluster: np.ndarray
+    out: Path | None = None
+    force: bool = False
+    data: DataOptions = field(default_factory=DataOptions)
+    record: RecordOptions = field(default_factory=RecordOptions)
+    bounds: Bounds = field(default_factory=Bounds)
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """All that was measured, before any figure is made of it. replies: a pair (reference, candidate) a question."""
+class Surroundings:
+    """open: makes a Model of a bundle's folder; progress: of a stage; say: told what the user should know."""
 
-    recording: Recording
-    candidate: BundleFacts
-    data: Evaluation
-    replies: tuple[tuple[Reply, Reply], ...]
-    positions: Positions
-    seconds: float
+    open: Callable[[Path], Model] = open_bundle
+    progress: Callable[[str], Progress] = lambda stage: lambda done, total: None
+    say: Callable[[str], None] = lambda message: None
 
 
-def run_along(recording: Recording, bundle: OpenBundle, data: Evaluation, out: Path,
-              progress: Progress = lambda done, total: None) -> Comparison:
-    """Compares a bundle with a recording, question by question; `out` is where the journal's work belongs.
+def compare(reference: Path, bundle: Path, data: Path, options: CompareOptions | None = None,
+            surroundings: Surroundings | None = None) -> dict[str, Any]:
+    """The report on what `bundle` lost against `reference`, a recording or a bundle that is recorded first.
 
-    Goes on behind the last finished question of an interrupted run. Raises VL2Error when the data are not the
-    recording's, or the bundle has other tokens than the reference.
+    The folder `options.out` gets report.json, report.md, report.html, predictions.tsv, …; an interrupted comparison
+    goes on at the next question. Raises VL2Error for anything that cannot be compared.
     """
-    facts, start = bundle_facts(bundle), time.monotonic()
-    _check_vocabulary(recording, facts)
-    same_prompts(recording, data.questions, data.path)
-    options = recording.facts
-    walk_options = WalkOptions(options.max_new_tokens, options.prompt_text, options.prefill_chunk)
-    job = {"bundle": facts.manifest_sha256, "recording": asdict(options), "data": data.sha256}
-    journal, context = Journal(out, job), Context(bundle.model.engine)
-    for done, (question, row) in enumerate(zip(data.questions, recording.rows, strict=False)):
-        progress(done, len(data.questions))
-        if done >= len(journal.rows):
-            walk = walk_of(context, bundle, question, walk_options)
-            journal.append(_compared(walk, row, recording.positions(row)))
-    progress(len(data.questions), len(data.questions))
-    replies = tuple((row.reply, reply_from_json(found))
-                    for row, found in zip(recording.rows, journal.rows, strict=False))
-    return Comparison(recording, facts, data, replies, _columns(journal.rows, data), time.monotonic() - start)
+    options, surroundings = options or CompareOptions(), surroundings or Surroundings()
+    with _place(options) as place:
+        recording = _recording(reference, data, options, place, surroundings)
+        candidate = OpenBundle(bundle, surroundings.open(bundle))
+        questions = read_questions(data, candidate.model.engine.processor, options.data)
+        for row in questions.bad_rows:
+            surroundings.say(f"bad row: {row}")
+        comparison, journal = run_along(recording, candidate, questions, place, surroundings.progress("comparing"))
+        report = summarise(comparison, options.bounds)
+        if options.out is not None:
+            for missing in write_report(journal.folder, report, comparison):
+                surroundings.say(missing)
+            if recording.folder == _own_recording(place):
+                shutil.rmtree(journal.folder / "reference", ignore_errors=True)
+                os.rename(recording.folder, journal.folder / "reference")
+            journal.publish()
+    return report
 
 
-def _check_vocabulary(recording: Recording, facts: BundleFacts) -> None:
-    reference = recording.facts.bundle
-    for name in ("vocab_size", "tokenizer_sha256"):
-        found, expected = getattr(facts, name), getattr(reference, name)
-        if found != expected:
-            raise VL2Error(f"{facts.path} has {name} {found}, the reference {reference.path} {expected}",
-                           "only bundles of one checkpoint give distributions over the same tokens")
+@contextmanager
+def _place(options: CompareOptions) -> Iterator[Path]:
+    """Where the work belongs: `options.out`, or a place in a temporary folder."""
+    if options.out is not None:
+        refuse_existing(options.out, options.force, REPORT_NAME)
+        yield options.out
+        return
+    with tempfile.TemporaryDirectory(prefix="vl2-compare-") as folder:
+        yield Path(folder) / "report"
 
 
-def _compared(walk: Walk, row: RecordedRow, recorded: list[RecordedPosition]) -> dict[str, Any]:
-    """A line of the journal: the candidate's answer and a list a figure, an item a position."""
-    columns: dict[str, list] = {name: [] for name in ("kind", "kld", "kld_most", "same_top1", "log_p", "log_q")}
-    expected = iter(recorded)
-
-    def see(position: Position) -> None:
-        there = next(expected)
-        if (there.kind, there.target) != (position.kind, position.target):
-            raise VL2Error(f"{row.source}: token {position.target} comes where the recording has {there.target}",
-                           "the bundle's tokenizer is not the reference's; record again")
-        far = divergence(there.kept, position.logits)
-        log_q = float(np.float32(log_softmax(position.logits)[position.target]))
-        values = (there.kind, far.kld, far.kld_most, far.same_top1, there.log_p, log_q)
-        for column, value in zip(columns.values(), values, strict=True):
-            column.append(value)
-
-    reply = walk.along(row.reply, see)
-    assert next(expected, None) is None, "the walk saw every recorded position"
-    return {"text": reply.text, "token_ids": list(reply.token_ids), "stop_reason": reply.stop_reason, **columns}
+def _own_recording(place: Path) -> Path:
+    return place.parent / f".{place.name}.reference"
 
 
-def _columns(rows: list[dict[str, Any]], data: Evaluation) -> Positions:
-    images = {name: index for index, name in enumerate(dict.fromkeys(q.image for q in data.questions))}
-    clusters = [images[question.image] for question, row in zip(data.questions, rows, strict=True) for _ in row["kind"]]
-
-    def column(name: str, kind: Callable) -> np.ndarray:
-        return np.array([value for row in rows for value in row[name]], kind)
-
-    return Positions(column("kind", int), column("kld", float), column("kld_most", float), column("same_top1", bool),
-                     column("log_p", float), column("log_q", float), np.array(clusters, int))
+def _recording(
+    reference: Path, data: Path, options: CompareOptions, place: Path, surroundings: Surroundings
+) -> Recording:
+    if (reference / RECORDING_NAME).is_file():
+        return Recording(reference)
+    if not (reference / MANIFEST_NAME).is_file():
+        raise VL2Error(f"{reference} is neither a bundle nor a recording",
+                       "give a folder written by `vl2 export` or `vl2 record`")
+    opened = OpenBundle(reference, surroundings.open(reference))
+    questions = read_questions(data, opened.model.engine.processor, options.data)
+    own = _own_recording(place)
+    if found := recorded_already(own, opened, questions, options.record):
+        return found
+    forced = RecordOptions(options.record.walk, options.record.top, force=True)
+    return record(opened, questions, own, forced, surroundings.progress("recording the reference"))

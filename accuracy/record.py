@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,8 +66,7 @@ def record(bundle: OpenBundle, data: Evaluation, out: Path, options: RecordOptio
     """
     refuse_existing(out, options.force, RECORDING_NAME)
     facts, start = bundle_facts(bundle), time.monotonic()
-    job = {"bundle": facts.manifest_sha256, "data": data.sha256, "walk": to_json(options.walk), "top": options.top}
-    journal, dtype = Journal(out, job), position_dtype(options.top, facts.vocab_size)
+    journal, dtype = Journal(out, _job(facts, data, options)), position_dtype(options.top, facts.vocab_size)
     path = journal.folder / POSITIONS_NAME
     cut_positions(path, journal.rows, dtype)
     context = Context(bundle.model.engine)
@@ -85,6 +85,22 @@ def record(bundle: OpenBundle, data: Evaluation, out: Path, options: RecordOptio
         seconds=round(time.monotonic() - start, 1)))
     journal.publish()
     return Recording(out)
+
+
+def _job(facts: BundleFacts, data: Evaluation, options: RecordOptions) -> dict[str, Any]:
+    return {"bundle": facts.manifest_sha256, "data": data.sha256, **to_json(options.walk),
+            "top": min(options.top, facts.vocab_size)}
+
+
+def recorded_already(folder: Path, bundle: OpenBundle, data: Evaluation, options: RecordOptions) -> Recording | None:
+    """The recording in `folder` if it is the one that `record` would make."""
+    if not (folder / RECORDING_NAME).is_file():
+        return None
+    found = Recording(folder)
+    facts = to_json(found.facts)
+    job = {"bundle": found.facts.bundle.manifest_sha256, "data": found.facts.data_sha256,
+           **{name: facts[name] for name in (*to_json(options.walk), "top")}}
+    return found if job == _job(bundle_facts(bundle), data, options) else None
 
 
 def _answer(walk: Walk, top: int, dtype: np.dtype) -> tuple[Reply, np.ndarray]:

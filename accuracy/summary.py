@@ -11,10 +11,11 @@ import numpy as np
 from vl2 import __version__
 from vl2.accuracy.answers import answer_figures
 from vl2.accuracy.bounds import Bounds, check_bounds
-from vl2.accuracy.compare import Comparison, Positions
+from vl2.accuracy.comparison import Comparison, Positions
 from vl2.accuracy.statistics import mean_with_error
 from vl2.accuracy.tasks import task_figures
 from vl2.accuracy.walk import KINDS
+from vl2.accuracy.worst import worst_questions
 from vl2.json_file import to_json
 
 SCHEMA_VERSION = 1
@@ -38,6 +39,7 @@ def summarise(comparison: Comparison, bounds: Bounds) -> dict[str, Any]:
         "logits": logits,
         "not_measured": _not_measured(logits),
         "tasks": tasks, "overall": overall, "answers": answer_figures(comparison),
+        "worst_questions": worst_questions(comparison),
         "seconds": round(comparison.seconds, 1),
     }
     return {**report, "bounds": to_json(check_bounds(report, bounds))}

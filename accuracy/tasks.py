@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vl2.accuracy.boxes import is_valid
-from vl2.accuracy.compare import Comparison
+from vl2.accuracy.comparison import Comparison
 from vl2.accuracy.metrics import METRICS
 from vl2.accuracy.questions import Question
 from vl2.accuracy.statistics import mcnemar, paired_bootstrap, smallest_visible_effect

@@ -9,12 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"vl2": "vl2", "model": "vl2.model", "calib": "vl2.calib", "quant": "vl2.quant",
-           "plugins": "vl2.plugins", "export": "vl2.export", "runtime": "vl2.runtime", "nano": "vl2.nano"}
+           "plugins": "vl2.plugins", "export": "vl2.export", "runtime": "vl2.runtime", "nano": "vl2.nano",
+           "accuracy": "vl2.accuracy"}
 # What each part may import besides itself and the contract `vl2`.
 ARROWS = {
     "vl2": set(), "model": set(), "calib": {"model", "nano"}, "quant": {"model"}, "plugins": {"model"},
-    "export": {"model", "plugins"}, "runtime": set(), "nano": {"model", "runtime"},
-    "cli": {"model", "calib", "quant", "plugins", "export", "runtime", "nano"},
+    "export": {"model", "plugins"}, "runtime": set(), "nano": {"model", "runtime"}, "accuracy": {"runtime"},
+    "cli": {"model", "calib", "quant", "plugins", "export", "runtime", "nano", "accuracy"},
 }
 HEAVY = {"torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "huggingface_hub"}
 
@@ -51,7 +52,7 @@ def test_imports_follow_the_arrows(part: str, path: Path) -> None:
     assert parts - {part, "vl2"} <= ARROWS[part], f"{path} imports {parts}"
 
 
-@pytest.mark.parametrize("path", [path for part, path in all_sources() if part in ("vl2", "runtime", "cli")],
+@pytest.mark.parametrize("path", [path for part, path in all_sources() if part in ("vl2", "runtime", "accuracy", "cli")],
                          ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_device_half_never_names_a_workstation_package(path: Path) -> None:
     assert not {name.split(".")[0] for name in imported(path)} & HEAVY

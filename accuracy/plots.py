@@ -1,0 +1,70 @@
+"""The pictures of a report, drawn where matplotlib is installed."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+
+from vl2.accuracy.comparison import Comparison
+from vl2.accuracy.walk import ANSWER
+
+_SMALLEST_KLD = 1e-9  # where the logarithmic axis begins
+
+
+def draw_plots(comparison: Comparison, report: dict[str, Any]) -> list[tuple[str, str]] | None:
+    """(caption, base64 of a PNG) each; None without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return None
+    drawn = []
+    for draw in (_tail_of_kld, _change_of_p, _tasks):
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        if caption := draw(figure.subplots(), comparison, report):
+            file = io.BytesIO()
+            figure.savefig(file, format="png", dpi=110)
+            drawn.append((caption, base64.b64encode(file.getvalue()).decode()))
+    return drawn
+
+
+def _tail_of_kld(axes: Any, comparison: Comparison, report: dict[str, Any]) -> str:
+    positions = comparison.positions
+    kld = np.sort(positions.kld[positions.kind == ANSWER])
+    share = 100 * (1 - np.arange(len(kld)) / len(kld))
+    axes.loglog(np.maximum(kld, _SMALLEST_KLD), share, drawstyle="steps-post")
+    mean = report["logits"]["answer"]["kld"]["mean"]
+    if mean > 0:
+        axes.axvline(mean, linestyle="--", color="grey")
+        axes.annotate(f" mean {mean:.2g}", (mean, 1), color="grey")
+    axes.set(xlabel="KLD of an answer position, nats", ylabel="positions at or above, %")
+    return "Share of answer positions whose KLD is at least the value on the x-axis; dashed: the mean."
+
+
+def _change_of_p(axes: Any, comparison: Comparison, report: dict[str, Any]) -> str:
+    positions = comparison.positions
+    chosen = positions.kind == ANSWER
+    p, q = np.exp(positions.log_p[chosen]), np.exp(positions.log_q[chosen])
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+    axes.scatter(p, q, s=8, alpha=0.4, edgecolors="none")
+    axes.set(xlabel="probability in the reference", ylabel="in the candidate", xlim=(0, 1.02), ylim=(0, 1.02))
+    return "Probability of each token of the reference's answers in both models; below the line it was lost."
+
+
+def _tasks(axes: Any, comparison: Comparison, report: dict[str, Any]) -> str:
+    tasks = report["tasks"]
+    if not tasks:
+        return ""
+    at = np.arange(len(tasks))[::-1]
+    middle = np.array([task["difference_points"] for task in tasks])
+    low, high = np.array([task["difference_95"] for task in tasks]).T
+    errors = np.maximum([middle - low, high - middle], 0)  # a percentile may lie beyond the figure itself
+    axes.errorbar(middle, at, xerr=errors, fmt="o", capsize=3)
+    axes.axvline(0, color="grey", linewidth=0.8)
+    axes.set_yticks(at, [f"{task['task']} ({task['questions']})" for task in tasks])
+    axes.set(xlabel="difference to the reference, points")
+    return "Change of each task's figure with its 95 % interval (paired bootstrap over images); in brackets: questions."
