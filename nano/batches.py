@@ -24,6 +24,7 @@ from vl2.prompt import Message, Processor
 
 TRAINING_SEED, HELD_OUT_SEED = "train", "held-out"
 MOST_LOCATED = 2  # grounding answers are long; more would crowd out the others
+LABELS = ("patches", "slots", "boxes", "places")
 IMAGE_START = 4  # bos, <|User|>, ":", " " come before the image block
 # Crop → (share of the batches, pages in a batch, text tokens a page may have).
 CROP_PLAN = {
@@ -46,7 +47,7 @@ class Batch:
     tiles: uint8 [B, n, 3, S, S]; before: ids [B, 4] ahead of the image block; text: ids [B, L] behind it, padded right;
     question: int16 [B, L], index into `questions` where the token is to be predicted, −1 elsewhere;
     pointer: int64 [B, L], position in the sequence where that token is to be read, −1 where none is known;
-    patches, slots, boxes: labels of the local tiles (see TileLabels), [B, tw·th, …].
+    patches, slots, boxes: labels of the local tiles (see TileLabels), [B, tw·th, …]; places: [B, h·th, h·tw, 4].
     """
 
     crop: tuple[int, int]
@@ -59,6 +60,7 @@ class Batch:
     patches: np.ndarray
     slots: np.ndarray
     boxes: np.ndarray
+    places: np.ndarray
 
 
 def load_processor() -> Processor:
@@ -150,7 +152,7 @@ def assemble_batch(processor: Processor, crop: tuple[int, int], documents: list)
     kept = slice(0, 1) if crop == (1, 1) else slice(None)
     tiles = np.stack([np.rint((prompt.tiles[kept] * 0.5 + 0.5) * 255).astype(np.uint8) for prompt in prompts])
     labels = [tile_labels(document) for document, _ in documents]
-    stacked = [np.stack([getattr(label, name) for label in labels]) for name in ("patches", "slots", "boxes")]
+    stacked = [np.stack([getattr(label, name) for label in labels]) for name in LABELS]
     before = np.stack([prompt.input_ids[:IMAGE_START] for prompt in prompts])
     return Batch(crop, tiles, before, text, index, pointer, asked, *stacked)
 

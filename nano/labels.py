@@ -23,12 +23,14 @@ class TileLabels:
 
     patches: uint8 [n, (S/patch)²] class at each patch's centre; slots: uint8 [n, h², SLOTS] classes of the glyphs
     centred in each image token; boxes: float16 [n, h², 4] the box of the first glyph's word relative to the token's
-    centre in half tiles, NaN where the token is blank.
+    centre in half tiles, NaN where the token is blank. places: float16 [h·th, h·tw, 4] the same box over the whole map of
+    image tokens, in shares of the image's sides, as answers give it.
     """
 
     patches: np.ndarray
     slots: np.ndarray
     boxes: np.ndarray
+    places: np.ndarray
 
 
 def class_of(label: str | tuple[str, str]) -> int:
@@ -48,6 +50,8 @@ def tile_labels(document: Document) -> TileLabels:
     patches = np.zeros((side * high, side * wide), np.uint8)
     slots = np.zeros((CELLS * high, CELLS * wide, SLOTS), np.uint8)
     boxes = np.full((CELLS * high, CELLS * wide, 4), np.nan, np.float16)
+    places = boxes.copy()
+    sides = np.array(document.image.size * 2)
     for mark in document.marks:
         box = np.array(mark.box) * scale + shift
         label = class_of(mark.label)
@@ -60,10 +64,12 @@ def tile_labels(document: Document) -> TileLabels:
         if taken < SLOTS:
             slots[row, column, taken] = label
         if taken == 0:
-            outer = np.array(document.words[mark.word].box) * scale + shift if mark.word >= 0 else box
+            outer = np.array(document.words[mark.word].box if mark.word >= 0 else mark.box)
             centre = (np.array([column, row, column, row]) + 0.5) * CELL
-            boxes[row, column] = np.clip((outer - centre) / (TILE / 2), -3, 3)
-    return TileLabels(_cut(patches, side, high, wide), _cut(slots, CELLS, high, wide), _cut(boxes, CELLS, high, wide))
+            boxes[row, column] = np.clip((outer * scale + shift - centre) / (TILE / 2), -3, 3)
+            places[row, column] = np.clip(outer / sides, 0, 1)
+    cut = (_cut(patches, side, high, wide), _cut(slots, CELLS, high, wide), _cut(boxes, CELLS, high, wide))
+    return TileLabels(*cut, places)
 
 
 def _cut(grid: np.ndarray, side: int, high: int, wide: int) -> np.ndarray:

@@ -9,19 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vl2.nano.batches import Batch
+from vl2.nano.batches import IMAGE_START, Batch
+from vl2.nano.geometry import CELLS
 from vl2.nano.labels import BLANK, CLASSES, SLOTS
 from vl2.nano.network import Shape, SideLosses, Weights, assemble, decoder, project, tower
 
 BALANCE_WEIGHT = 0.01
 POINTING_WEIGHT = 1.0
+PLACING_WEIGHT = 5.0  # of a distance in shares of the image's sides, which is to come below 0.02
 BLANK_WEIGHT = 0.3
+LOCAL_START = IMAGE_START + CELLS * (CELLS + 1) + 1  # behind the global view and the separator
 
 
 def auxiliary_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Training-only heads on patches and on image tokens."""
     width, hidden = shape.vision["width"], shape.language["hidden_size"]
-    sizes = {"patches": (CLASSES, width), "slots": (SLOTS * CLASSES, hidden), "boxes": (4, hidden)}
+    sizes = {"patches": (CLASSES, width), "slots": (SLOTS * CLASSES, hidden), "boxes": (4, hidden), "places": (4, hidden)}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, (outs, ins) in sizes.items():
         shapes |= {f"auxiliary.{name}.weight": (outs, ins), f"auxiliary.{name}.bias": (outs,)}
@@ -77,7 +80,9 @@ def batch_loss(w: Weights, shape: Shape, batch: Batch, tower_weight: float, lang
     answers, exact, side = _answer_loss(w, shape, batch, assemble(w, features[:, 0], grid))
     parts |= {"answers": answers.item(), "balance": side.balance.item(), "pointing": side.pointing.item(),
               "pointed": side.pointed}
+    parts["placing"] = side.placing.item()
     total = answers + BALANCE_WEIGHT * side.balance + POINTING_WEIGHT * side.pointing + tower_weight * loss
+    total = total + PLACING_WEIGHT * side.placing
     return Outcome(total, parts, exact)
 
 
@@ -87,7 +92,8 @@ def _answer_loss(w: Weights, shape: Shape, batch: Batch, image: Tensor):
     x = torch.cat([F.embedding(before, table), image, F.embedding(text, table)], 1)
     pointer = torch.from_numpy(batch.pointer)
     # The state before a token predicts it, so pointers move one place to the left.
-    side = SideLosses(pointer=torch.cat([pointer[:, 1:], pointer.new_full((len(pointer), 1), -1)], 1))
+    side = SideLosses(pointer=torch.cat([pointer[:, 1:], pointer.new_full((len(pointer), 1), -1)], 1),
+                      places=torch.from_numpy(batch.places).float(), places_start=LOCAL_START)
     hidden = decoder(w, shape, x, side, text.shape[1] + 1)
     question = torch.from_numpy(batch.question).long()
     asked = question >= 0

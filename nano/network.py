@@ -19,19 +19,35 @@ Weights = dict[str, Tensor]
 
 # Layers whose first head is taught to attend to where the next answer token is written.
 POINTING_LAYERS = (2, 3, 4)
+# Layer into which image tokens are to bring where on the page their word is; pointing heads can then read it off.
+PLACING_LAYER = 2
 
 
 @dataclass
 class SideLosses:
-    """Losses collected inside the decoder: expert balance over the MoE layers, and pointing, if `pointer` is set.
+    """Losses collected inside the decoder: expert balance over the MoE layers, and, where they are set, two more.
 
     pointer: int64 [B, L], for the last L queries the key position their head should attend to, −1 for any.
+    places: float32 [B, rows, columns, 4], what the map of image tokens that starts at `places_start` should know.
     """
 
     balance: Tensor | float = 0.0
     pointer: Tensor | None = None
     pointing: Tensor | float = 0.0
     pointed: float = 0.0
+    places: Tensor | None = None
+    places_start: int = 0
+    placing: Tensor | float = 0.0
+
+    def place(self, w: Weights, x: Tensor) -> None:
+        """Adds the distance of word boxes read off the image tokens of x [B, T, H]; rows end with a newline token."""
+        batch, rows, columns, _ = self.places.shape
+        tokens = x[:, self.places_start: self.places_start + rows * (columns + 1)]
+        tokens = tokens.unflatten(1, (rows, columns + 1))[:, :, :columns]
+        known = ~self.places[..., 0].isnan()
+        guess = F.linear(rms_norm(torch.ones_like(tokens[0, 0, 0]), tokens[known]), w["auxiliary.places.weight"],
+                         w["auxiliary.places.bias"]).float()
+        self.placing = (guess - self.places[known]).abs().mean()
 
     def point(self, q: Tensor, k: Tensor, mask: Tensor) -> None:
         """Adds the cross-entropy of one head's attention, q and k [B, T, dim], against `pointer`."""
@@ -212,6 +228,8 @@ def decoder(w: Weights, shape: Shape, x: Tensor, side: SideLosses, last: int | N
     layers = settings["num_hidden_layers"]
     for layer in range(layers):
         name = f"language.model.layers.{layer}"
+        if layer == PLACING_LAYER and side.places is not None:
+            side.place(w, x)
         watched = side if side.pointer is not None and layer in POINTING_LAYERS else None
         run = Run(last if last and layer == layers - 1 else x.shape[1], watched)
         attended = attend(w, name + ".self_attn", rms_norm(w[name + ".input_layernorm.weight"], x), settings, run)
