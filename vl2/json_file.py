@@ -17,7 +17,7 @@ T = TypeVar("T")
 def read_json(path: Path) -> dict:
     """The JSON object in `path`; VL2Error naming the file when it is missing, broken or no object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except FileNotFoundError as error:
         raise VL2Error(f"{path} is missing", "check that the folder is complete") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -25,6 +25,16 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise VL2Error(f"{path} holds a {type(content).__name__}, expected a JSON object")
     return content
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(…, object_pairs_hook=unique_keys)`: ValueError naming a key that an object has twice."""
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"the key {key!r} occurs twice")
+        values[key] = value
+    return values
 
 
 def from_json(expected: type[T], value: Any, where: str) -> T:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vl2.errors import VL2Error
+from vl2.json_file import unique_keys
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -107,7 +108,7 @@ def _indexed_entries(folder: Path) -> dict[str, TensorEntry]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique)["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise VL2Error(f"{index} is not a valid index: {error}", "expected JSON with a `weight_map` object") from error
     if not isinstance(weight_map, dict) or not weight_map:
@@ -135,7 +136,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
     except OSError as error:
         raise VL2Error(f"cannot read {path}: {error.strerror}") from error
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        header = json.loads(text, object_pairs_hook=unique_keys)
     except ValueError as error:
         raise VL2Error(f"{path} has a broken header: {error}", "expected a safetensors file") from error
     if not isinstance(header, dict):
@@ -157,10 +158,3 @@ def _entry(name: str, value: Any, start: int, path: Path) -> TensorEntry:
     if end - begin != size:
         raise VL2Error(f"{where} takes {end - begin} bytes, but {dtype} {list(shape)} needs {size}", _AGAIN)
     return TensorEntry(name, dtype, shape, start + begin, size, path)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return values
