@@ -5,25 +5,32 @@ Estimates, rather too high: of the work only the proportions are used.
 
 from __future__ import annotations
 
-from vl2.calib.calibration_set import CalibrationSet
+import time
+from collections.abc import Sequence
+
+import torch
+
 from vl2.calib.statistics import ROWS_AT_ONCE
-from vl2.config import LanguageConfig
+from vl2.config import LanguageConfig, VisionConfig
 from vl2.errors import VL2Error
 
-_PROCESS = 450 << 20  # Python with torch: 230 MB after the imports; the rest for thread pools and the allocator
+PROCESS_BYTES = 450 << 20  # Python with torch: 230 MB after the imports; the rest for thread pools and the allocator
 _FLOAT = 4
 
 
-def check_memory(config: LanguageConfig, description: CalibrationSet, limit_bytes: int | None) -> None:
-    """Raises VL2Error when streaming needs more than the limit, saying how much and what would fit."""
-    longest = max(sequence.tokens for sequence in description.sequences)
-    needed = peak_bytes(config, description.tokens, longest)
+def check_memory(config: LanguageConfig, lengths: Sequence[int], limit_bytes: int | None) -> None:
+    """Raises VL2Error when streaming needs more than the limit, saying how much and what would fit.
+
+    lengths: tokens of each sequence.
+    """
+    tokens, longest = sum(lengths), max(lengths)
+    needed = peak_bytes(config, tokens, longest)
     if limit_bytes is None or needed <= limit_bytes:
         return
     fixed = peak_bytes(config, 0, longest)
-    fitting = int((limit_bytes - fixed) / ((needed - fixed) / description.tokens))
+    fitting = int((limit_bytes - fixed) / ((needed - fixed) / tokens))
     raise VL2Error(
-        f"{description.tokens} calibration tokens need about {_gigabytes(needed)} of memory, more than the limit of "
+        f"{tokens} calibration tokens need about {_gigabytes(needed)} of memory, more than the limit of "
         f"{_gigabytes(limit_bytes)}",
         f"about {fitting} tokens would fit" if fitting > longest else
         f"no calibration fits below {_gigabytes(peak_bytes(config, longest, longest))}: raise the limit, or leave out "
@@ -39,7 +46,7 @@ def peak_bytes(config: LanguageConfig, tokens: int, longest: int) -> int:
     size, stages = config.hidden_size, [_attention_bytes(config, longest)]
     for l in range(config.num_hidden_layers):
         stages.append(_routed_bytes(config, tokens) if config.is_moe(l) else _dense_bytes(config))
-    return _PROCESS + tokens * size * _FLOAT + max(stages)
+    return PROCESS_BYTES + tokens * size * _FLOAT + max(stages)
 
 
 def _attention_bytes(config: LanguageConfig, longest: int) -> int:
@@ -98,6 +105,21 @@ def layer_work(config: LanguageConfig, l: int, tokens: int) -> dict[str, float]:
     output = 6.0 * size * (routed * inner + tokens * shared)
     products = 2.0 * (routed * (size**2 + inner**2) + tokens * (size**2 + shared**2))
     return steps | {"expert statistics": output + products, "expert output": output}
+
+
+def tile_work(config: VisionConfig) -> float:
+    """Operations of one tile through the tower."""
+    patches, width = (config.image_size // config.patch_size) ** 2, config.width
+    return config.layers * (2.0 * patches * (4 * width**2 + 2 * width * config.mlp_hidden) + 4.0 * patches**2 * width)
+
+
+def matrix_rate() -> float:
+    """Operations a second of float32 matrix products on this machine, measured for a tenth of a second."""
+    a, count, start = torch.ones(768, 768), 0, time.monotonic()
+    while (elapsed := time.monotonic() - start) < 0.1 or count < 2:
+        a @ a
+        count += 1
+    return count * 2 * 768**3 / elapsed
 
 
 def _gigabytes(count: int) -> str:

@@ -98,7 +98,8 @@ def stream_layers(
     description, weights = read_calibration_set(calibration_set), open_weights(checkpoint)
     check_source(description, checkpoint)
     layers = weights.config.language_config.num_hidden_layers
-    check_memory(weights.config.language_config, description, options.max_ram_bytes)
+    lengths = [sequence.tokens for sequence in description.sequences]
+    check_memory(weights.config.language_config, lengths, options.max_ram_bytes)
     first = _begin(work_dir, {"calibration": to_json(description), "statistics": to_json(options.statistics),
                               "quantizes": quantize_layer is not None})
     modality = read_modality(calibration_set)

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vl2.config import ModelConfig
 from vl2.errors import VL2Error
 from vl2.json_file import from_json, read_json, to_json
 from vl2.quant.checkpoint import TensorReader, packed_tensors
@@ -75,7 +76,7 @@ class Quantizer:
 
     def __init__(self, source: Path, out: Path, options: QuantizeOptions, progress: Progress | None = None):
         self.source, self.out, self.options = Source(source), Path(out), options
-        self.recipe = _recipe(options, self.source)
+        self.recipe = recipe_for(options, self.source.config)
         self.method = method_named(options.method)
         self.schemes = assign_schemes(self.recipe, self.source.config)
         self.parts = split_parts(self.source.entries)
@@ -211,10 +212,11 @@ class Quantizer:
         return self._shard(part).with_suffix(".json")
 
 
-def _recipe(options: QuantizeOptions, source: Source) -> Recipe:
+def recipe_for(options: QuantizeOptions, config: ModelConfig) -> Recipe:
+    """The recipe of the options for a model. Raises VL2Error as `builtin_recipe` and `read_recipe` do."""
     path = Path(options.recipe)
     if path.suffix != ".json":
-        return builtin_recipe(options.recipe, source.config, options.outer)
+        return builtin_recipe(options.recipe, config, options.outer)
     if options.outer != OuterParts():
         raise VL2Error(
             f"{path} is a recipe file, which decides on vision, lm_head and embeddings itself",

@@ -1,5 +1,6 @@
 """Options that several verbs share, and what the runtime makes of them."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,103 @@ def to_generation_options(values: dict[str, Any]) -> Any:
     from vl2.runtime import GenerationOptions
 
     return GenerationOptions(**{**values, "stop": tuple(values["stop"])})
+
+
+class ByteSize(click.ParamType):
+    """A size such as `4GB`, `500 MB` or `1.5GiB`, in bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(value).strip(), re.IGNORECASE)
+        if match is None or float(match[1]) == 0:
+            self.fail(f"{value!r} is no size, expected such as 4GB", param, ctx)
+        return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+
+
+class Share(click.ParamType):
+    """A share such as `5%` or `0.05`."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", str(value).strip())
+        share = float(match[1]) / (100 if match[2] else 1) if match else -1.0
+        if not 0 <= share <= 1:
+            self.fail(f"{value!r} is no share, expected such as 5%", param, ctx)
+        return share
+
+
+# The schemes of built-in recipes and the methods, by name; a test compares them with `vl2.quant`.
+RECIPES = ("int8", "int4", "int4-g64", "int4-g128")
+METHODS = ("rtn", "search", "awq", "awq+search", "gptq", "gptq+search", "awq+gptq")
+_OUTER = click.Choice(["fp16", "int8"])
+
+
+class SchemeName(click.ParamType):
+    """One of `names`, or the path of a recipe file."""
+
+    name = "scheme"
+
+    def __init__(self, names: tuple[str, ...]):
+        self.names = names
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[{'|'.join(self.names)}|RECIPE.json]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self.names and not str(value).endswith(".json"):
+            self.fail(f"{value!r} is not one of {', '.join(self.names)}, nor a recipe file (.json)", param, ctx)
+        return value
+
+
+_SAMPLING = (
+    click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True,
+                 help="At most so many conversations, chosen by --seed."),
+    click.option("--tokens", type=click.IntRange(min=1), default=32768, show_default=True,
+                 help="At most so many tokens together, those of images included."),
+    click.option("--tolerate", type=Share(), default="5%", show_default=True,
+                 help="Stop when more of the rows are bad."),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Chooses the sample."),
+)
+max_ram_option = click.option("--max-ram", type=ByteSize(), metavar="SIZE",
+                              help="Refuse to begin when calibration or quantization needs more memory, such as 4GB.")
+_QUANTIZATION = (
+    click.option("--method", type=click.Choice(METHODS), help="How codes are found; without it awq+gptq where there is "
+                 "calibration, search where there is none."),
+    click.option("--vision", type=_OUTER, help="How the vision tower is stored; fp16 without it."),
+    click.option("--head", type=_OUTER, help="How lm_head is stored; fp16 without it."),
+    click.option("--embeddings", type=_OUTER, help="How the token embeddings are stored; fp16 without it."),
+)
+
+
+def sampling_options(command: Callable) -> Callable:
+    """Adds the options of choosing calibration data; `to_data_options` takes them out of the keyword arguments."""
+    return _with_options(command, _SAMPLING)
+
+
+def quantization_options(command: Callable) -> Callable:
+    """Adds the options of quantizing; `to_quantize_options` takes them out of the keyword arguments."""
+    return _with_options(command, _QUANTIZATION)
+
+
+def to_data_options(values: dict[str, Any]) -> Any:
+    """DataOptions of calibration."""
+    from vl2.calib.data import DataOptions
+
+    return DataOptions(samples=values.pop("samples"), max_tokens=values.pop("tokens"),
+                       tolerate=values.pop("tolerate"), seed=values.pop("seed"))
+
+
+def to_quantize_options(values: dict[str, Any], scheme: str, calibrated: bool) -> Any:
+    """QuantizeOptions of a scheme or recipe file."""
+    from vl2.quant.method import DEFAULT_METHOD
+    from vl2.quant.quantizer import QuantizeOptions
+    from vl2.quant.recipe import OuterParts
+
+    given = {"vision": values.pop("vision"), "lm_head": values.pop("head"), "embeddings": values.pop("embeddings")}
+    method = values.pop("method") or (DEFAULT_METHOD if calibrated else "search")
+    return QuantizeOptions(recipe=scheme, outer=OuterParts(**{k: v for k, v in given.items() if v is not None}),
+                           method=method)

@@ -1,0 +1,123 @@
+"""`--dry-run`: what a quantization will make and need, before hours are spent on it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vl2.errors import VL2Error
+
+if TYPE_CHECKING:
+    from vl2.calib.calibration_set import CalibrationSet
+    from vl2.calib.data import CalibrationData
+    from vl2.config import ModelConfig
+    from vl2.quant.quantizer import QuantizeOptions
+
+# Of the rate of large matrix products that the whole work reaches: gathered rows, small matrices, files.
+_EFFICIENCY = 0.4
+_READ_BYTES_PER_SECOND = 200e6
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is calibrated on: tokens, of the longest sequence too, and tiles that still have to be encoded."""
+
+    tokens: int = 0
+    longest: int = 0
+    tiles: int = 0
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """Sizes in bytes; modules: of the quantized checkpoint. Memory and time are estimates."""
+
+    checkpoint: str
+    recipe: str
+    method: str
+    calibration_tokens: int
+    modules: dict[str, int]
+    total_bytes: int
+    peak_memory_bytes: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON has it."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """The plan as text for a person."""
+        told = f"{self.calibration_tokens} calibration tokens" if self.calibration_tokens else "no calibration"
+        head = f"{self.checkpoint}: {self.recipe} by {self.method}, {told} → {_size(self.total_bytes)}"
+        lines = [head, "", "modules"]
+        lines += [f"  {name:20} {_size(size):>10}" for name, size in self.modules.items()]
+        lines += ["", f"peak memory about {_size(self.peak_memory_bytes)}", f"time roughly {_time(self.seconds)}"]
+        return "\n".join(lines)
+
+
+def extent_of_set(found: CalibrationSet) -> Extent:
+    return Extent(found.tokens, max(sequence.tokens for sequence in found.sequences))
+
+
+def extent_of_data(data: CalibrationData) -> Extent:
+    tokens = [sample.tokens for sample in data.samples]
+    return Extent(sum(tokens), max(tokens), sum(sample.tiles for sample in data.samples))
+
+
+def plan_quantization(checkpoint: Path, options: QuantizeOptions, extent: Extent) -> QuantizationPlan:
+    """Raises VL2Error on a bad checkpoint or recipe."""
+    from vl2.calib import demands as calib
+    from vl2.quant import demands as quant
+    from vl2.quant.method import METHODS, method_named
+    from vl2.quant.plan import planned_sizes
+    from vl2.quant.quantizer import recipe_for
+    from vl2.quant.recipe import assign_schemes
+    from vl2.quant.source import Source
+
+    source = Source(checkpoint)
+    config, recipe = source.config, recipe_for(options, source.config)
+    schemes, method = assign_schemes(recipe, config), method_named(options.method)
+    if not extent.tokens and method.needs_statistics:
+        method = METHODS["search"]
+    size_bytes = sum(entry.size_bytes for entry in source.entries.values())
+    kept = 4 if any(entry.dtype == "F32" for entry in source.entries.values()) else 2
+    modules = planned_sizes(config, schemes, kept)
+    work = quant.layer_work(config, schemes, method) + extent.tiles * calib.tile_work(config.vision_config)
+    for l in range(config.language_config.num_hidden_layers if extent.tokens else 0):
+        work += sum(calib.layer_work(config.language_config, l, extent.tokens).values())
+    seconds = work / (_EFFICIENCY * calib.matrix_rate()) + 3 * size_bytes / _READ_BYTES_PER_SECOND
+    peak = peak_memory_bytes(config, options, extent)
+    return QuantizationPlan(str(checkpoint), recipe.name, options.method, extent.tokens, modules,
+                            sum(modules.values()), peak, seconds)
+
+
+def peak_memory_bytes(config: ModelConfig, options: QuantizeOptions, extent: Extent) -> int:
+    """Of calibration and quantization: the stream's own peak, or a part's quantization beside the hidden states."""
+    from vl2.calib import demands as calib
+    from vl2.quant import demands as quant
+    from vl2.quant.method import method_named
+    from vl2.quant.quantizer import recipe_for
+    from vl2.quant.recipe import assign_schemes
+
+    schemes = assign_schemes(recipe_for(options, config), config)
+    hidden = extent.tokens * config.language_config.hidden_size * 4
+    quantizing = calib.PROCESS_BYTES + hidden + quant.peak_bytes(config, schemes, method_named(options.method))
+    if not extent.tokens:
+        return quantizing
+    return max(quantizing, calib.peak_bytes(config.language_config, extent.tokens, extent.longest))
+
+
+def check_memory(config: ModelConfig, options: QuantizeOptions, extent: Extent, limit_bytes: int | None) -> None:
+    """Raises VL2Error when more is needed than the limit."""
+    needed = peak_memory_bytes(config, options, extent)
+    if limit_bytes is not None and needed > limit_bytes:
+        raise VL2Error(f"quantizing needs about {_size(needed)} of memory, more than the limit of "
+                       f"{_size(limit_bytes)}", "raise --max-ram, or calibrate on fewer --tokens")
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"

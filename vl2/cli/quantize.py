@@ -1,0 +1,92 @@
+"""`vl2 quantize`: a checkpoint in, a compressed-tensors checkpoint out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vl2.cli.options import (
+    RECIPES,
+    SchemeName,
+    debug_option,
+    json_option,
+    max_ram_option,
+    quantization_options,
+    to_quantize_options,
+)
+from vl2.errors import VL2Error
+
+
+@click.command("quantize")
+@click.argument("checkpoint")
+@click.option("--scheme", type=SchemeName(RECIPES), required=True,
+              help="What the routed experts are stored as, the other Linears of the language model are INT8; "
+                   "or a recipe file.")
+@click.option("--calib", type=click.Path(path_type=Path), help="A calibration set that `vl2 calibrate` made.")
+@quantization_options
+@click.option("--out", type=click.Path(path_type=Path), help="The folder to write.")
+@max_ram_option
+@click.option("--dry-run", is_flag=True, help="Print sizes by module, peak memory and time; write nothing.")
+@click.option("--force", is_flag=True, help="Replace an existing folder once the new one is whole.")
+@json_option
+@debug_option
+def command(checkpoint: str, scheme: str, calib: Path | None, out: Path | None, max_ram: int | None,  # noqa: PLR0913
+            dry_run: bool, force: bool, as_json: bool, **values: Any) -> None:
+    """Quantize the weights of CHECKPOINT (a Hugging Face folder or hub id).
+
+    An interrupted quantization goes on at the last finished layer when it is started again.
+    """
+    from dataclasses import replace
+
+    from vl2.cli.calibrated import check_job, quantize_as_asked
+    from vl2.cli.export import workstation_half
+    from vl2.cli.plans import Extent, extent_of_set, plan_quantization
+
+    if out is None and not dry_run:
+        raise click.UsageError("Missing option '--out'.")
+    folder = workstation_half().resolve_source(checkpoint)
+    options = replace(to_quantize_options(values, scheme, calib is not None), force=force)
+    extent = Extent() if calib is None else extent_of_set(_read_set(calib))
+    check_job(folder, options, extent, max_ram)
+    if dry_run:
+        plan = plan_quantization(folder, options, extent)
+        click.echo(json.dumps(plan.to_dict(), indent=2) if as_json else plan.describe())
+        return
+    if out.exists() and not force:
+        raise VL2Error(f"{out} exists", "give another --out, or --force to replace it once the new one is whole")
+    quantize_as_asked(folder, calib, out, (options, max_ram))
+    summary = summarise(out)
+    click.echo(json.dumps(summary, indent=2) if as_json else _sentence(summary))
+
+
+def summarise(folder: Path) -> dict[str, Any]:
+    """What became of a checkpoint, from its quantization.json."""
+    from vl2.json_file import read_json
+    from vl2.quant.objective import signal_to_noise_db
+
+    facts = read_json(folder / "quantization.json")
+    worst = max(facts["matrices"], key=lambda matrix: matrix["relative_error"])
+    leaning = sum(map(len, facts["leaning_experts"].values()))
+    return {"folder": str(folder), "scheme": facts["recipe"]["name"], "method": facts["method"],
+            "size_bytes": sum(facts["modules"].values()), "matrices": len(facts["matrices"]),
+            "worst_matrix": worst["module"], "worst_sqnr_db": signal_to_noise_db(worst["relative_error"]),
+            "leaning_experts": leaning, "calibration": facts["calibration"]}
+
+
+def _read_set(calib: Path) -> Any:
+    from vl2.calib.calibration_set import read_calibration_set
+    from vl2.cli.calibrated import SET_MARK
+
+    if not (calib / SET_MARK).is_file():
+        raise VL2Error(f"{calib} is no calibration set", f"vl2 calibrate CHECKPOINT --data {calib} --out CALIB")
+    return read_calibration_set(calib)
+
+
+def _sentence(summary: dict[str, Any]) -> str:
+    text = (f"{summary['folder']}: {summary['scheme']} by {summary['method']}, {summary['size_bytes'] / 1e9:.3f} GB, "
+            f"{summary['matrices']} matrices, worst SQNR {summary['worst_sqnr_db']:.1f} dB at "
+            f"{summary['worst_matrix']}")
+    if summary["leaning_experts"]:
+        text += f"; {summary['leaning_experts']} experts leaned on their layer's statistics"
+    return text
