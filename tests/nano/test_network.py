@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from vl2.model.checkpoint import load_model
 from vl2.nano.checkpoint_files import WEIGHTS, checkpoint_tensors, training_values
 from vl2.nano.geometry import config_dict, write_description
-from vl2.nano.network import Shape, SideLosses, assemble, decoder, project, tower
+from vl2.nano.network import Shape, SideLosses, assemble, decoder, project, rms_norm, tower
 from vl2.nano.parameters import initial_values, parameter_shapes
 
 CROP = (2, 1)
@@ -76,3 +76,14 @@ def test_training_can_go_on_from_a_checkpoint(tmp_path):
     restored = training_values(tmp_path, shapes)
     assert restored.keys() == values.keys()
     assert all(torch.equal(restored[name], value) for name, value in values.items())
+
+
+def test_rms_norm_and_its_gradients_by_hand_equal_autograd_s():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 16, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(16, dtype=torch.float64, generator=generator, requires_grad=True)
+    grad = torch.randn(3, 5, 16, dtype=torch.float64, generator=generator)
+    ours, theirs = rms_norm(weight, x), F.rms_norm(x, (16,), weight, 1e-6)
+    assert torch.allclose(ours, theirs, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in (ours, theirs)), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
