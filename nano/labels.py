@@ -23,8 +23,8 @@ class TileLabels:
 
     patches: uint8 [n, (S/patch)²] class at each patch's centre; slots: uint8 [n, h², SLOTS] classes of the glyphs
     centred in each image token; boxes: float16 [n, h², 4] the box of the first glyph's word relative to the token's
-    centre in half tiles, NaN where the token is blank. places: float16 [h·th, h·tw, 4] the same box over the whole map of
-    image tokens, in shares of the image's sides, as answers give it.
+    centre in half tiles, NaN where the token is blank. places: float16 [h·th, h·tw, 4] the same box over the whole map
+    of image tokens, in shares of the image's sides, as answers give it.
     """
 
     patches: np.ndarray

@@ -24,7 +24,8 @@ LOCAL_START = IMAGE_START + CELLS * (CELLS + 1) + 1  # behind the global view an
 def auxiliary_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Training-only heads on patches and on image tokens."""
     width, hidden = shape.vision["width"], shape.language["hidden_size"]
-    sizes = {"patches": (CLASSES, width), "slots": (SLOTS * CLASSES, hidden), "boxes": (4, hidden), "places": (4, hidden)}
+    sizes = {"patches": (CLASSES, width), "slots": (SLOTS * CLASSES, hidden)}
+    sizes |= {"boxes": (4, hidden), "places": (4, hidden)}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, (outs, ins) in sizes.items():
         shapes |= {f"auxiliary.{name}.weight": (outs, ins), f"auxiliary.{name}.bias": (outs,)}
