@@ -12,7 +12,7 @@ import numpy as np
 from vl2.accuracy.journal import Journal
 from vl2.accuracy.logits import divergence, log_softmax
 from vl2.accuracy.questions import Evaluation
-from vl2.accuracy.record import OpenBundle, Progress, bundle_facts, same_prompts, walk_of
+from vl2.accuracy.record import OpenBundle, Progress, bundle_facts, recorded_rows, walk_of
 from vl2.accuracy.recording import BundleFacts, RecordedPosition, RecordedRow, Recording, reply_from_json
 from vl2.accuracy.walk import Position, Reply, Walk, WalkOptions
 from vl2.errors import VL2Error
@@ -55,19 +55,17 @@ def run_along(recording: Recording, bundle: OpenBundle, data: Evaluation, out: P
     """
     facts, start = bundle_facts(bundle), time.monotonic()
     _check_vocabulary(recording, facts)
-    same_prompts(recording, data.questions, data.path)
-    options = recording.facts
+    rows, options = recorded_rows(recording, data), recording.facts
     walk_options = WalkOptions(options.max_new_tokens, options.prompt_text, options.prefill_chunk)
     job = {"bundle": facts.manifest_sha256, "recording": asdict(options), "data": data.sha256}
     journal, context = Journal(out, job), Context(bundle.model.engine)
-    for done, (question, row) in enumerate(zip(data.questions, recording.rows, strict=False)):
+    for done, (question, row) in enumerate(zip(data.questions, rows, strict=True)):
         progress(done, len(data.questions))
         if done >= len(journal.rows):
             walk = walk_of(context, bundle, question, walk_options)
             journal.append(_compared(walk, row, recording.positions(row)))
     progress(len(data.questions), len(data.questions))
-    replies = tuple((row.reply, reply_from_json(found))
-                    for row, found in zip(recording.rows, journal.rows, strict=False))
+    replies = tuple((row.reply, reply_from_json(found)) for row, found in zip(rows, journal.rows, strict=True))
     seconds = time.monotonic() - start
     return Comparison(recording, facts, data, replies, _columns(journal.rows, data), seconds), journal
 

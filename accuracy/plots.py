@@ -10,8 +10,9 @@ import numpy as np
 
 from vl2.accuracy.comparison import Comparison
 from vl2.accuracy.walk import ANSWER
+from vl2.accuracy.worst import ROUNDING
 
-_SMALLEST_KLD = 1e-9  # where the logarithmic axis begins
+_LEAST_RANGE = 1.0  # points: without it the axis of equal models would show rounding
 
 
 def draw_plots(comparison: Comparison, report: dict[str, Any]) -> list[tuple[str, str]] | None:
@@ -34,14 +35,15 @@ def draw_plots(comparison: Comparison, report: dict[str, Any]) -> list[tuple[str
 
 def _tail_of_kld(axes: Any, comparison: Comparison, report: dict[str, Any]) -> str:
     positions = comparison.positions
-    kld = np.sort(positions.kld[positions.kind == ANSWER])
+    kld = np.maximum(np.sort(positions.kld[positions.kind == ANSWER]), ROUNDING)
     share = 100 * (1 - np.arange(len(kld)) / len(kld))
-    axes.loglog(np.maximum(kld, _SMALLEST_KLD), share, drawstyle="steps-post")
+    axes.loglog(kld, share, drawstyle="steps-pre")
     mean = report["logits"]["answer"]["kld"]["mean"]
-    if mean > 0:
+    if mean > ROUNDING:
         axes.axvline(mean, linestyle="--", color="grey")
-        axes.annotate(f" mean {mean:.2g}", (mean, 1), color="grey")
-    axes.set(xlabel="KLD of an answer position, nats", ylabel="positions at or above, %")
+        axes.annotate(f" mean {mean:.2g}", (mean, share[-1]), color="grey")
+    axes.set(xlabel="KLD of an answer position, nats", ylabel="positions at or above, %",
+             xlim=(ROUNDING, 2 * max(float(kld.max()), 1e-3)), ylim=(share[-1] / 1.5, 150))
     return "Share of answer positions whose KLD is at least the value on the x-axis; dashed: the mean."
 
 
@@ -66,5 +68,7 @@ def _tasks(axes: Any, comparison: Comparison, report: dict[str, Any]) -> str:
     axes.errorbar(middle, at, xerr=errors, fmt="o", capsize=3)
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.set_yticks(at, [f"{task['task']} ({task['questions']})" for task in tasks])
-    axes.set(xlabel="difference to the reference, points")
+    axes.set_ylim(-0.7, len(tasks) - 0.3)
+    reach = 1.05 * max(_LEAST_RANGE, float(np.abs([middle, low, high]).max()))
+    axes.set(xlabel="difference to the reference, points", xlim=(-reach, reach))
     return "Change of each task's figure with its 95 % interval (paired bootstrap over images); in brackets: questions."

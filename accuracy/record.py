@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from vl2.accuracy.recording import (
     RECORDING_NAME,
     SCHEMA_VERSION,
     BundleFacts,
+    RecordedRow,
     Recording,
     RecordingFacts,
     append_positions,
@@ -133,14 +134,11 @@ def bundle_facts(bundle: OpenBundle) -> BundleFacts:
         size_bytes=sum(file.size_bytes for file in manifest.files.values()), backend=bundle.model.backend)
 
 
-def same_prompts(recording: Recording, questions: Iterable[Question], data: str) -> None:
-    """Raises VL2Error at the first question that is not the recording's; more recorded ones may follow."""
-    count = 0
-    for count, question in enumerate(questions, 1):
-        if count > len(recording.rows):
-            raise VL2Error(f"{data} has more questions than the recording {recording.folder}, which has "
-                           f"{len(recording.rows)}", f"record again, or give --limit {len(recording.rows)}")
-        if recording.rows[count - 1].sha256 != question.sha256:
-            raise VL2Error(f"{question.sample.source}: the question or its image is not the one of the recording "
-                           f"{recording.folder} ({recording.rows[count - 1].source})",
-                           "compare on the data that was recorded, or record again")
+def recorded_rows(recording: Recording, data: Evaluation) -> list[RecordedRow]:
+    """The recorded row of each question; a recording may hold more. Raises VL2Error at the first that is missing."""
+    by_question = {row.sha256: row for row in recording.rows}
+    for question in data.questions:
+        if question.sha256 not in by_question:
+            raise VL2Error(f"{question.sample.source}: the recording {recording.folder} has no such question on such "
+                           "images", "compare on the data that was recorded, or record again")
+    return [by_question[question.sha256] for question in data.questions]

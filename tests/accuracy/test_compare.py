@@ -17,10 +17,12 @@ from vl2.accuracy import comparison as comparison_module
 from vl2.accuracy.answers import ends_in_a_loop
 from vl2.accuracy.bounds import Bounds, check_bounds
 from vl2.accuracy.compare import CompareOptions, compare
+from vl2.accuracy.metrics import METRICS
 from vl2.accuracy.questions import DataOptions, read_questions
 from vl2.accuracy.record import OpenBundle, RecordOptions, record
 from vl2.accuracy.walk import WalkOptions
 from vl2.cli import cli, run_command
+from vl2.cli.evaluation import METRIC_NAMES
 from vl2.errors import VL2Error
 
 RECORD = RecordOptions(WalkOptions(max_new_tokens=8), top=640)
@@ -167,6 +169,10 @@ def test_what_is_no_reference_is_refused(candidate_bundle: Path, questions_file:
 def test_a_bundle_of_other_tokens_is_refused(recording: Path, bundle_of, questions_file: Path, goldens: Path) -> None:
     with pytest.raises(VL2Error, match="vocab_size"):
         compare(recording, bundle_of(goldens / "tiny-mini"), questions_file, OPTIONS)
+
+
+def test_the_command_line_knows_every_metric() -> None:
+    assert set(METRIC_NAMES) == METRICS.keys()
 
 
 def vl2(*arguments: object) -> int:

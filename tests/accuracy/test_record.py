@@ -14,7 +14,7 @@ from tests.accuracy.conftest import QUESTIONS, write_questions
 from vl2.accuracy import record as record_module
 from vl2.accuracy.logits import keep
 from vl2.accuracy.questions import DataOptions, Evaluation, read_questions
-from vl2.accuracy.record import OpenBundle, RecordOptions, record, recorded_already, same_prompts
+from vl2.accuracy.record import OpenBundle, RecordOptions, record, recorded_already, recorded_rows
 from vl2.accuracy.recording import POSITIONS_NAME, RECORDING_NAME, Recording
 from vl2.accuracy.walk import Position, Walk, WalkOptions
 from vl2.errors import VL2Error
@@ -148,16 +148,18 @@ def test_a_broken_or_newer_recording_is_refused(reference: OpenBundle, data: Eva
             Recording(damaged(message.replace(" ", "-"), make))
 
 
-def test_other_questions_than_the_recorded_ones_are_named(
+def test_a_question_that_was_not_recorded_is_named(
     reference: OpenBundle, data: Evaluation, questions_file: Path, tmp_path
 ) -> None:
-    recording = record(reference, data, tmp_path / "r", OPTIONS)
-    processor = reference.model.engine.processor
-    other = {**QUESTIONS[1], "question": "Who?"}
-    changed = write_questions(questions_file.parent / "changed.jsonl", QUESTIONS[0], other)
-    with pytest.raises(VL2Error, match=r"changed\.jsonl:2: the question or its image"):
-        same_prompts(recording, read_questions(changed, processor, DataOptions()).questions, str(changed))
-    more = write_questions(questions_file.parent / "more.jsonl", *QUESTIONS, QUESTIONS[0])
-    with pytest.raises(VL2Error, match="has more questions than the recording"):
-        same_prompts(recording, read_questions(more, processor, DataOptions()).questions, str(more))
-    same_prompts(recording, data.questions[:2], "the first two")
+    recording, processor = record(reference, data, tmp_path / "r", OPTIONS), reference.model.engine.processor
+
+    def rows_of(name: str, *records: dict) -> list:
+        path = write_questions(questions_file.parent / name, *records)
+        return recorded_rows(recording, read_questions(path, processor, DataOptions()))
+
+    with pytest.raises(VL2Error, match=r"changed\.jsonl:2: the recording .* has no such question"):
+        rows_of("changed.jsonl", QUESTIONS[0], {**QUESTIONS[1], "question": "Who?"})
+    with pytest.raises(VL2Error, match=r"repainted\.jsonl:1"):
+        rows_of("repainted.jsonl", {**QUESTIONS[0], "image": "2.png"})
+    chosen = rows_of("chosen.jsonl", QUESTIONS[3], QUESTIONS[0], QUESTIONS[3])
+    assert chosen == [recording.rows[3], recording.rows[0], recording.rows[3]]

@@ -53,7 +53,13 @@ def command(checkpoint: str, data: Path | None, out: Path, max_ram: int | None, 
 def _calibrate(folder: Path, path: Path | None, out: Path, limits: tuple[Any, int | None]) -> Any:
     from vl2.calib.demands import check_memory
     from vl2.calib.stream import StreamOptions
-    from vl2.cli.calibrated import cover, make_calibration_set, read_calibration_data, tell_of_data
+    from vl2.cli.calibrated import (
+        cover,
+        explained_disk_errors,
+        make_calibration_set,
+        read_calibration_data,
+        tell_of_data,
+    )
     from vl2.cli.progress import WorkProgress
     from vl2.config import load_config
 
@@ -62,8 +68,9 @@ def _calibrate(folder: Path, path: Path | None, out: Path, limits: tuple[Any, in
     tell_of_data(data)
     check_memory(load_config(folder).language_config, [sample.tokens for sample in data.samples], max_ram)
     work = out.with_name(f"{out.name}.partial")
-    work.mkdir(parents=True, exist_ok=True)
-    with WorkProgress() as progress:
+    with explained_disk_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
+    with explained_disk_errors(work), WorkProgress() as progress:
         description = make_calibration_set(folder, data, work / "set", progress)
         cover(folder, work / "set", work / "stream", StreamOptions(max_ram_bytes=max_ram, report=progress))
     (work / "set").replace(out)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,3 +133,19 @@ def quantize_as_asked(
                                        lambda module, done, total: progress.tell(module, done / total))
         stream = StreamOptions(max_ram_bytes=max_ram, report=progress)
         return quantize_calibrated(CalibratedJob(checkpoint, calibration, out, options, stream))
+
+
+@contextmanager
+def explained_disk_errors(folder: Path) -> Iterator[None]:
+    """Turns a full disk and missing rights into VL2Error; what was finished stays and the same command goes on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(folder.parent).free
+            raise VL2Error(f"the disk of {folder} is full: {free / 1e9:.2f} GB are free",
+                           "free space and repeat the command: it goes on where it stopped") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise VL2Error(f"{error.filename or folder} cannot be written: {error.strerror}",
+                           "give another --out") from error
+        raise

@@ -4,44 +4,75 @@ import importlib
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import click
 
-from vl2.cli.options import debug_option, json_option
+from vl2.cli.options import (
+    RECIPES,
+    SchemeName,
+    debug_option,
+    json_option,
+    max_ram_option,
+    quantization_options,
+    sampling_options,
+    to_data_options,
+    to_quantize_options,
+)
 from vl2.errors import VL2Error
+
+_PLAIN = ("fp32", "fp16")
+_CALIB_HELP = ("Calibration data for an integer scheme: a folder of images, JSON lines, LLaVA JSON, VLMEvalKit TSV, or "
+               "what `vl2 calibrate` made. Without it, documents that vl2 draws, and the manifest says so.")
+# Options that only an integer scheme has a use for, and how they are called.
+_OF_QUANTIZATION = {"calib": "--calib", "no_calib": "--no-calib", "method": "--method", "vision": "--vision",
+                    "head": "--head", "embeddings": "--embeddings", "max_ram": "--max-ram"}
 
 
 @click.command("export")
 @click.argument("checkpoint")
 @click.option("--out", type=click.Path(path_type=Path), help="The bundle folder to write.")
-@click.option("--scheme", type=click.Choice(["fp32", "fp16"]), default="fp16", show_default=True,
-              help="How weights are stored; activations are float32 in both.")
-@click.option("--dry-run", is_flag=True, help="Print graphs, sizes, peak memory and time; write nothing.")
+@click.option("--scheme", type=SchemeName((*_PLAIN, *RECIPES)),
+              help="How weights are stored; activations are float32 in all. fp16 without it, and of a quantized "
+                   "checkpoint its own codes. int4: routed experts INT4, the other Linears of the decoder INT8.")
+@click.option("--calib", type=click.Path(path_type=Path), help=_CALIB_HELP)
+@click.option("--no-calib", is_flag=True, help="Quantize without calibration.")
+@quantization_options
+@sampling_options
+@click.option("--lowering", type=click.Choice(["ort", "portable"]),
+              help="ort: onnxruntime's own operators for packed weights, the default where there are any; portable: "
+                   "standard ONNX.")
+@max_ram_option
+@click.option("--dry-run", is_flag=True, help="Print sizes by module, peak memory and time; write nothing.")
 @click.option("--no-verify", is_flag=True, help="Skip the parity run; the manifest says so.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle once the new one is whole.")
 @json_option
 @debug_option
-def command(checkpoint: str, out: Path | None, scheme: str, dry_run: bool, no_verify: bool, force: bool,  # noqa: PLR0913
-            as_json: bool) -> None:
+def command(checkpoint: str, out: Path | None, scheme: str | None, dry_run: bool, as_json: bool, **values: Any) -> None:
     """Turn CHECKPOINT (a Hugging Face folder or hub id) into a bundle.
 
-    An interrupted export goes on at the last finished graph when it is started again.
+    An integer scheme calibrates, quantizes, exports and verifies. An interrupted export goes on at the last finished
+    layer or graph when it is started again.
     """
     if out is None and not dry_run:
         raise click.UsageError("Missing option '--out'.")
+    _check_usage(scheme, values)
     export = workstation_half()
     source = export.resolve_source(checkpoint)
-    options = export.ExportOptions(scheme=scheme, verify=not no_verify, force=force)
-    if dry_run:
-        plan = export.plan_export(source, options)
-        click.echo(json.dumps(plan.to_dict(), indent=2) if as_json else plan.describe())
-        return
-    from vl2.cli.progress import ByteProgress
+    options = export.ExportOptions(scheme=scheme if scheme in _PLAIN else None, verify=not values.pop("no_verify"),
+                                   force=values.pop("force"), lowering=values.pop("lowering"))
+    if scheme is None or scheme in _PLAIN:
+        plan, make = lambda: export.plan_export(source, options), lambda: _export(export, source, out, options)
+    else:
+        from vl2.cli.quantized_export import export_quantized, plan_quantized
 
-    with ByteProgress() as progress:
-        manifest = export.export_checkpoint(source, out, options, progress)
-    summary = {"bundle": str(out), "variant": manifest.variant, "scheme": manifest.scheme,
-               "size_bytes": sum(file.size_bytes for file in manifest.files.values()), "verify": manifest.verify}
+        job = _quantized_job(source, scheme, values)
+        plan, make = lambda: plan_quantized(job), lambda: export_quantized(job, out, options)
+    if dry_run:
+        made = plan()
+        click.echo(json.dumps(made.to_dict(), indent=2) if as_json else made.describe())
+        return
+    summary = _summary(out, make())
     click.echo(json.dumps(summary, indent=2) if as_json else _sentence(summary))
 
 
@@ -54,6 +85,37 @@ def workstation_half() -> ModuleType:
                        hint="pip install 'vl2-edge[export]'; a device that runs bundles needs none of it") from error
 
 
-def _sentence(summary: dict) -> str:
+def _check_usage(scheme: str | None, values: dict[str, Any]) -> None:
+    given = [name for key, name in _OF_QUANTIZATION.items() if values[key]]
+    if given and (scheme is None or scheme in _PLAIN):
+        raise click.UsageError(f"{', '.join(given)}: only with an integer scheme, such as --scheme int4.")
+    if values["calib"] and values["no_calib"]:
+        raise click.UsageError("--calib and --no-calib exclude each other.")
+
+
+def _export(export: ModuleType, source: Path, out: Path, options: Any) -> Any:
+    from vl2.cli.progress import ByteProgress
+
+    with ByteProgress() as progress:
+        return export.export_checkpoint(source, out, options, progress)
+
+
+def _quantized_job(source: Path, scheme: str, values: dict[str, Any]) -> Any:
+    from vl2.cli.quantized_export import QuantizedExport
+
+    calibrated = not values["no_calib"]
+    return QuantizedExport(source, to_quantize_options(values, scheme, calibrated), to_data_options(values),
+                           values["calib"], calibrated, values["max_ram"])
+
+
+def _summary(out: Path, manifest: Any) -> dict[str, Any]:
+    summary = {"bundle": str(out), "variant": manifest.variant, "scheme": manifest.scheme,
+               "size_bytes": sum(file.size_bytes for file in manifest.files.values()), "verify": manifest.verify}
+    if manifest.quantization is not None:
+        summary["quantization"] = manifest.quantization
+    return summary
+
+
+def _sentence(summary: dict[str, Any]) -> str:
     return (f"{summary['bundle']}: {summary['variant']} {summary['scheme']}, {summary['size_bytes'] / 1e9:.3f} GB, "
             f"parity {summary['verify']['status']}")

@@ -39,7 +39,7 @@ def command(checkpoint: str, scheme: str, calib: Path | None, out: Path | None, 
     """
     from dataclasses import replace
 
-    from vl2.cli.calibrated import check_job, quantize_as_asked
+    from vl2.cli.calibrated import check_job, explained_disk_errors, quantize_as_asked
     from vl2.cli.export import workstation_half
     from vl2.cli.plans import Extent, extent_of_set, plan_quantization
 
@@ -55,7 +55,8 @@ def command(checkpoint: str, scheme: str, calib: Path | None, out: Path | None, 
         return
     if out.exists() and not force:
         raise VL2Error(f"{out} exists", "give another --out, or --force to replace it once the new one is whole")
-    quantize_as_asked(folder, calib, out, (options, max_ram))
+    with explained_disk_errors(out):
+        quantize_as_asked(folder, calib, out, (options, max_ram))
     summary = summarise(out)
     click.echo(json.dumps(summary, indent=2) if as_json else _sentence(summary))
 

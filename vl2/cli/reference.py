@@ -13,7 +13,7 @@ Results go to stdout, talk and progress to stderr. Exit code 0 is done, 1 failed
 
 def reference() -> str:
     """The whole page as Markdown."""
-    root = click.Context(cli, info_name="vl2", terminal_width=100, max_content_width=100)
+    root = click.Context(cli, info_name="vl2", terminal_width=100, max_content_width=100, **cli.context_settings)
     pages = [("vl2", cli.get_help(root))]
     for verb in VERBS:
         command = cli.get_command(root, verb)
