@@ -14,7 +14,7 @@ from typing import Any
 from vl2.accuracy.bounds import Bounds
 from vl2.accuracy.comparison import run_along
 from vl2.accuracy.journal import refuse_existing
-from vl2.accuracy.questions import DataOptions, read_questions
+from vl2.accuracy.questions import DataOptions, Evaluation, read_questions, refuse_calibrated
 from vl2.accuracy.record import OpenBundle, Progress, RecordOptions, record, recorded_already
 from vl2.accuracy.recording import RECORDING_NAME, Recording
 from vl2.accuracy.report import REPORT_NAME, write_report
@@ -27,13 +27,15 @@ from vl2.runtime import Model, open_bundle
 @dataclass(frozen=True)
 class CompareOptions:
     """out: the folder to write, None for none; then an interrupted comparison cannot go on. force: replace `out`.
-    record: how a reference bundle is recorded; a recording brings its own."""
+    record: how a reference bundle is recorded; a recording brings its own. calibration: a calibration set none of whose
+    images may be asked about."""
 
     out: Path | None = None
     force: bool = False
     data: DataOptions = field(default_factory=DataOptions)
     record: RecordOptions = field(default_factory=RecordOptions)
     bounds: Bounds = field(default_factory=Bounds)
+    calibration: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def compare(reference: Path, bundle: Path, data: Path, options: CompareOptions |
     with _place(options) as place:
         recording = _recording(reference, data, options, place, surroundings)
         candidate = OpenBundle(bundle, surroundings.open(bundle))
-        questions = read_questions(data, candidate.model.engine.processor, options.data)
+        questions = _questions(data, candidate, options)
         for row in questions.bad_rows:
             surroundings.say(f"bad row: {row}")
         comparison, journal = run_along(recording, candidate, questions, place, surroundings.progress("comparing"))
@@ -95,9 +97,20 @@ def _recording(
         raise VL2Error(f"{reference} is neither a bundle nor a recording",
                        "give a folder written by `vl2 export` or `vl2 record`")
     opened = OpenBundle(reference, surroundings.open(reference))
-    questions = read_questions(data, opened.model.engine.processor, options.data)
+    questions = _questions(data, opened, options)
     own = _own_recording(place)
     if found := recorded_already(own, opened, questions, options.record):
         return found
     forced = RecordOptions(options.record.walk, options.record.top, force=True)
     return record(opened, questions, own, forced, surroundings.progress("recording the reference"))
+
+
+def _questions(data: Path, bundle: OpenBundle, options: CompareOptions) -> Evaluation:
+    """What is asked, refused before the long work where the comparison could not say what it is to say."""
+    found = read_questions(data, bundle.model.engine.processor, options.data)
+    if options.calibration is not None:
+        refuse_calibrated(found, options.calibration)
+    if options.bounds.min_recovery is not None and not any(question.answers for question in found.questions):
+        raise VL2Error(f"--min-recovery was given, but no row of {data} has an answer to score against",
+                       "give data whose rows have answers, or leave the bound out")
+    return found

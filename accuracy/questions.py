@@ -17,6 +17,7 @@ from vl2.data.files import image_sha256, open_rows
 from vl2.data.sample import BadRow, Ignored, Row, Sample
 from vl2.errors import VL2Error
 from vl2.image import load_image
+from vl2.json_file import read_json
 from vl2.prompt import Message, Processor
 from vl2.runtime.grounding import parse
 
@@ -83,6 +84,22 @@ def read_questions(path: Path, processor: Processor, options: DataOptions) -> Ev
         (bad if isinstance(checked, BadRow) else questions).append(checked)
     _refuse_too_many(path, bad, count, options.tolerate)
     return Evaluation(name, str(path), tuple(questions), count, tuple(bad), tuple(ignored))
+
+
+def refuse_calibrated(data: Evaluation, calibration: Path) -> None:
+    """Raises VL2Error where a question shows an image that the calibration set `calibration` was made from.
+
+    On those a quantized model looks better than on what it will meet.
+    """
+    path = calibration / "calibration.json"
+    sequences = read_json(path).get("sequences")
+    if not isinstance(sequences, list):
+        raise VL2Error(f"{path} lists no sequences", "give the folder of a calibration set")
+    seen = {sha256 for sequence in sequences for sha256 in sequence["image_sha256"]}
+    found = [question for question in data.questions if not seen.isdisjoint(question.image.split("+"))]
+    if found:
+        raise VL2Error(f"{len(found)} of {len(data.questions)} questions show an image that {calibration} was made "
+                       f"from; the first is {found[0].sample.source}", "evaluate on other images")
 
 
 def _limited(rows: Iterator[Row], limit: int | None, ignored: list[str]) -> Iterator[Sample | BadRow]:

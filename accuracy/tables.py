@@ -108,9 +108,9 @@ def _facts(report: dict[str, Any]) -> Table:
     return Table("What was compared", ("", "reference", "candidate"), tuple(rows), note + bad)
 
 
-def number(value: float) -> str:
+def number(value: float | None) -> str:
     """Three significant digits."""
-    return f"{value:.3g}"
+    return _NONE if value is None else f"{value:.3g}"
 
 
 def with_error(value: float, error: float | None, unit: str = "", digits: int = 4) -> str:

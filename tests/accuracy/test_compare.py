@@ -16,7 +16,7 @@ from tests.accuracy.conftest import write_questions
 from vl2.accuracy import comparison as comparison_module
 from vl2.accuracy.answers import ends_in_a_loop
 from vl2.accuracy.bounds import Bounds, check_bounds
-from vl2.accuracy.compare import CompareOptions, compare
+from vl2.accuracy.compare import CompareOptions, Surroundings, compare
 from vl2.accuracy.metrics import METRICS
 from vl2.accuracy.questions import DataOptions, read_questions
 from vl2.accuracy.record import OpenBundle, RecordOptions, record
@@ -215,8 +215,19 @@ def test_the_worst_task_decides_the_recovery() -> None:
     check, = check_bounds(fake_report([100.0, 97.2, None]), Bounds(min_recovery=98))
     assert (check.holds, check.found) == (False, 97.2) and "t1" in check.detail and "1 where" in check.detail
     assert check_bounds(fake_report([98.0, 101.0]), Bounds(min_recovery=98))[0].holds
-    with pytest.raises(VL2Error, match="no task has a score"):
-        check_bounds(fake_report([None]), Bounds(min_recovery=98))
+    untold, = check_bounds(fake_report([None]), Bounds(min_recovery=98))
+    assert not untold.holds and untold.found is None
+
+
+def test_a_recovery_that_no_row_could_show_is_refused_before_the_work(
+    reference_bundle: Path, candidate_bundle: Path, questions_file: Path
+) -> None:
+    path = write_questions(questions_file.parent / "unanswered.jsonl", {"question": "Two?"})
+    worked = []
+    surroundings = Surroundings(progress=lambda stage: lambda done, total: worked.append(stage))
+    with pytest.raises(VL2Error, match="has an answer to score against"):
+        compare(reference_bundle, candidate_bundle, path, replace(OPTIONS, bounds=Bounds(min_recovery=9)), surroundings)
+    assert worked == []
 
 
 def test_a_loss_that_the_recording_cannot_rule_out_is_not_passed() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.accuracy.conftest import QUESTIONS, write_questions
-from vl2.accuracy.questions import DataOptions, Evaluation, read_questions
+from vl2.accuracy.questions import DataOptions, Evaluation, read_questions, refuse_calibrated
 from vl2.accuracy.record import OpenBundle
 from vl2.errors import VL2Error
 
@@ -74,6 +74,17 @@ def test_a_llava_record_asks_its_last_turn_after_the_ones_before(read, questions
     question, = read(path).questions
     assert question.answers == ("4",)
     assert [message.content for message in question.conversation()] == ["<image>\nWhat?", "A bill.", "Total?", ""]
+
+
+def test_images_that_were_calibrated_on_are_refused(read, questions_file: Path, tmp_path: Path) -> None:
+    data = read(questions_file)
+    for shown, message in ((data.questions[2].image, r"2 of 5 .* the first is .*questions\.jsonl:3"), ("other", None)):
+        (tmp_path / "calibration.json").write_text(json.dumps({"sequences": [{"image_sha256": [shown]}]}))
+        if message is None:
+            refuse_calibrated(data, tmp_path)
+        else:
+            with pytest.raises(VL2Error, match=message):
+                refuse_calibrated(data, tmp_path)
 
 
 BAD = {

@@ -20,6 +20,8 @@ from vl2.cli.options import bundle_options, debug_option, json_option, open_as_a
 @evaluation_options
 @click.option("--metric", type=click.Choice(METRIC_NAMES),
               help="For rows that name none, instead of what their task suggests.")
+@click.option("--calib", type=click.Path(path_type=Path),
+              help="The calibration set of BUNDLE: questions on its images are refused.")
 @click.option("--force", is_flag=True, help="Replace an existing report once the new one is whole.")
 @bundle_options
 @json_option
@@ -33,10 +35,12 @@ def command(reference: Path, bundle: Path, as_json: bool, **choices: Any) -> int
     from vl2.accuracy.bounds import Bounds
     from vl2.accuracy.compare import CompareOptions, Surroundings, compare
     from vl2.accuracy.report import to_markdown
+    from vl2.accuracy.tables import number
 
     _refuse_what_a_recording_decides(reference, choices)
     options = CompareOptions(choices.pop("out"), choices.pop("force"), to_data_options(choices),
-                             to_record_options(choices), Bounds(choices.pop("max_kld"), choices.pop("min_recovery")))
+                             to_record_options(choices), Bounds(choices.pop("max_kld"), choices.pop("min_recovery")),
+                             choices.pop("calib"))
     data = choices.pop("data")
     surroundings = Surroundings(lambda folder: open_as_asked(folder, dict(choices)), RowProgress,
                                 lambda message: click.echo(message, err=True))
@@ -44,7 +48,8 @@ def command(reference: Path, bundle: Path, as_json: bool, **choices: Any) -> int
     click.echo(json.dumps(report, indent=2, ensure_ascii=False) if as_json else to_markdown(report), nl=as_json)
     broken = [check for check in report["bounds"] if not check["holds"]]
     for check in broken:
-        click.echo(f"outside {check['bound']} {check['limit']:g}: {check['found']:.4g} ({check['detail']})", err=True)
+        found = f"{number(check['found'])} ({check['detail']})"
+        click.echo(f"outside {check['bound']} {check['limit']:g}: {found}", err=True)
     return 1 if broken else 0
 
 
