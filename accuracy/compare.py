@@ -20,7 +20,7 @@ from vl2.accuracy.recording import RECORDING_NAME, Recording
 from vl2.accuracy.report import REPORT_NAME, write_report
 from vl2.accuracy.summary import summarise
 from vl2.errors import VL2Error
-from vl2.manifest import MANIFEST_NAME
+from vl2.manifest import MANIFEST_NAME, read_manifest
 from vl2.runtime import Model, open_bundle
 
 
@@ -55,6 +55,7 @@ def compare(reference: Path, bundle: Path, data: Path, options: CompareOptions |
     goes on at the next question. Raises VL2Error for anything that cannot be compared.
     """
     options, surroundings = options or CompareOptions(), surroundings or Surroundings()
+    read_manifest(bundle)  # a wrong path is told before the reference has run for hours
     with _place(options) as place:
         recording = _recording(reference, data, options, place, surroundings)
         candidate = OpenBundle(bundle, surroundings.open(bundle))
