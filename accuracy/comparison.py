@@ -12,7 +12,7 @@ import numpy as np
 from vl2.accuracy.journal import Journal
 from vl2.accuracy.logits import divergence, log_softmax
 from vl2.accuracy.questions import Evaluation
-from vl2.accuracy.record import OpenBundle, Progress, bundle_facts, recorded_rows, walk_of
+from vl2.accuracy.record import OpenBundle, Progress, bundle_facts, naming, recorded_rows, walk_of
 from vl2.accuracy.recording import BundleFacts, RecordedPosition, RecordedRow, Recording, reply_from_json
 from vl2.accuracy.walk import Position, Reply, Walk, WalkOptions
 from vl2.errors import VL2Error
@@ -62,8 +62,9 @@ def run_along(recording: Recording, bundle: OpenBundle, data: Evaluation, out: P
     for done, (question, row) in enumerate(zip(data.questions, rows, strict=True)):
         progress(done, len(data.questions))
         if done >= len(journal.rows):
-            walk = walk_of(context, bundle, question, walk_options)
-            journal.append(_compared(walk, row, recording.positions(row)))
+            with naming(question):
+                walk = walk_of(context, bundle, question, walk_options)
+                journal.append(_compared(walk, row, recording.positions(row)))
     progress(len(data.questions), len(data.questions))
     replies = tuple((row.reply, reply_from_json(found)) for row, found in zip(rows, journal.rows, strict=True))
     seconds = time.monotonic() - start
@@ -87,7 +88,7 @@ def _compared(walk: Walk, row: RecordedRow, recorded: list[RecordedPosition]) ->
     def see(position: Position) -> None:
         there = next(expected)
         if (there.kind, there.target) != (position.kind, position.target):
-            raise VL2Error(f"{row.source}: token {position.target} comes where the recording has {there.target}",
+            raise VL2Error(f"token {position.target} comes where the recording has {there.target}",
                            "the bundle's tokenizer is not the reference's; record again")
         far = divergence(there.kept, position.logits)
         log_q = float(np.float32(log_softmax(position.logits)[position.target]))

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vl2.errors import VL2Error
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -39,7 +41,10 @@ class Divergence:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float64 [V] of float32 [V]."""
+    """float64 [V] of float32 [V]. Raises VL2Error for logits that are not finite, of which nothing can be said."""
+    if not np.isfinite(logits).all():
+        raise VL2Error(f"{np.count_nonzero(~np.isfinite(logits))} of {len(logits)} logits are not finite",
+                       "activations overflowed or the weights are broken; try the bundle with `vl2 run`")
     shifted = logits.astype(np.float64) - float(logits.max())
     return shifted - np.log(np.exp(shifted).sum())
 

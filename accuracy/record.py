@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def record(bundle: OpenBundle, data: Evaluation, out: Path, options: RecordOptio
     for done, question in enumerate(data.questions):
         progress(done, len(data.questions))
         if done >= len(journal.rows):
-            reply, entries = _answer(walk_of(context, bundle, question, options.walk), options.top, dtype)
+            with naming(question):
+                reply, entries = _answer(walk_of(context, bundle, question, options.walk), options.top, dtype)
             append_positions(path, entries)
             journal.append(row_to_json(question.sample.source, question.sha256, reply, len(entries)))
     progress(len(data.questions), len(data.questions))
@@ -116,9 +118,15 @@ def _answer(walk: Walk, top: int, dtype: np.dtype) -> tuple[Reply, np.ndarray]:
 
 
 def walk_of(context: Context, bundle: OpenBundle, question: Question, options: WalkOptions) -> Walk:
-    """A question laid out for a bundle; an error names the row."""
+    """A question laid out for a bundle."""
+    return Walk(context, bundle.model, question.conversation(), options)
+
+
+@contextmanager
+def naming(question: Question) -> Iterator[None]:
+    """Puts the question's row before the message of an error."""
     try:
-        return Walk(context, bundle.model, question.conversation(), options)
+        yield
     except VL2Error as error:
         raise VL2Error(f"{question.sample.source}: {error.message}", error.hint) from error
 

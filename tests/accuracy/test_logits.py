@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vl2.accuracy.logits import divergence, keep, log_softmax
+from vl2.errors import VL2Error
 
 LOGITS = st.lists(st.floats(-8, 8, width=32), min_size=6, max_size=6).map(lambda x: np.array(x, np.float32))
 
@@ -49,6 +50,12 @@ def test_the_upper_bound_is_reached_by_the_worst_reference() -> None:
             reached.append(float((p[used] * (np.log(p[used]) - log_softmax(q)[used])).sum()))
     p = np.log(np.array([0.4, 0.3, 0.1, 0.1, 0.1])).astype(np.float32)
     assert divergence(keep(p, 2), q).kld_most == pytest.approx(max(reached), abs=1e-6)
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    for broken in (np.nan, np.inf, -np.inf):
+        with pytest.raises(VL2Error, match="1 of 3 logits are not finite"):
+            log_softmax(np.array([0, broken, 1], np.float32))
 
 
 def test_the_likeliest_are_kept_in_the_order_of_their_ids() -> None:
