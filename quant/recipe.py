@@ -22,7 +22,8 @@ from vl2.quant.scheme import SCHEMES, SMALLEST_GROUP, Scheme, scheme_named
 KEEP = "keep"
 _ROUTERS = "language.model.layers.*.mlp.gate"
 _EXPERTS = "language.model.layers.*.mlp.experts.*"
-_EXPERT_SCHEMES = {"int8": "int8", "int4": "int4", "int4-g64": "int4-g64", "int4-g128": "int4-g128"}
+# Built-in recipes → the scheme of their routed experts.
+BUILTIN = {"int8": "int8", "int4": "int4", "int4-g64": "int4-g64", "int4-g128": "int4-g128"}
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,14 @@ def builtin_recipe(name: str, config: ModelConfig, outer: OuterParts | None = No
     One scale a row for the vision tower and the embeddings, whose widths suit no group. Rules that would match nothing
     in this model are left out. Raises VL2Error listing the names when there is none of this one.
     """
-    if name not in _EXPERT_SCHEMES:
-        names = ", ".join(_EXPERT_SCHEMES)
+    if name not in BUILTIN:
+        names = ", ".join(BUILTIN)
         raise VL2Error(f"there is no built-in recipe `{name}`, expected one of {names}", "or give a recipe file")
     outer = outer or OuterParts()
     row_wise = {"fp16": KEEP, "int8": "int8-channel"}
     rules = (
         Rule(_ROUTERS, KEEP),
-        Rule(_EXPERTS, _EXPERT_SCHEMES[name]),
+        Rule(_EXPERTS, BUILTIN[name]),
         Rule("language.model.layers.*", "int8"),
         Rule(HEAD, {"fp16": KEEP, "int8": "int8"}[outer.lm_head]),
         Rule(EMBEDDINGS, row_wise[outer.embeddings]),

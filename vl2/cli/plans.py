@@ -67,8 +67,10 @@ def extent_of_data(data: CalibrationData) -> Extent:
 def plan_quantization(
     checkpoint: Path, options: QuantizeOptions, extent: Extent, kept_bytes: int | None = None
 ) -> QuantizationPlan:
-    """kept_bytes: of a number that is not quantized, as in the source without it. Raises VL2Error on a bad checkpoint
-    or recipe."""
+    """kept_bytes: of a number that is not quantized, for a bundle; without it the quantized checkpoint's are meant.
+
+    Raises VL2Error on a bad checkpoint or recipe.
+    """
     from vl2.calib import demands as calib
     from vl2.quant import demands as quant
     from vl2.quant.method import METHODS, method_named
@@ -85,6 +87,8 @@ def plan_quantization(
     size_bytes = sum(entry.size_bytes for entry in source.entries.values())
     in_source = 4 if any(entry.dtype == "F32" for entry in source.entries.values()) else 2
     modules = planned_sizes(config, schemes, kept_bytes or in_source)
+    if kept_bytes is not None:
+        modules.pop("vision_pooling_head", None)  # which no graph reads
     work = quant.layer_work(config, schemes, method) + extent.tiles * calib.tile_work(config.vision_config)
     for l in range(config.language_config.num_hidden_layers if extent.tokens else 0):
         work += sum(calib.layer_work(config.language_config, l, extent.tokens).values())

@@ -1,0 +1,138 @@
+"""`vl2 export --scheme int4`: calibrate → quantize → export → verify as one job that can be killed and goes on.
+
+    BUNDLE.work/
+      job.json                what the folder was begun with
+      calibration/            the calibration set, unless the user brought one
+      NAME-SCHEME/            the quantized checkpoint
+
+The folder is removed when the bundle is in its place.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vl2.cli.calibrated import (
+    SET_MARK,
+    check_job,
+    explained_disk_errors,
+    make_calibration_set,
+    quantize_as_asked,
+    read_calibration_data,
+    tell_of_data,
+)
+from vl2.cli.plans import Extent, QuantizationPlan, extent_of_data, extent_of_set, plan_quantization
+from vl2.errors import VL2Error
+from vl2.json_file import read_json, to_json
+
+if TYPE_CHECKING:
+    from vl2.calib.data import CalibrationData, DataOptions
+    from vl2.manifest import Manifest
+    from vl2.quant.quantizer import QuantizeOptions
+
+_JOB_NAME = "job.json"
+
+
+@dataclass(frozen=True)
+class QuantizedExport:
+    """source: the unquantized folder; calib: data or a calibration set, None for synthetic documents; calibrated:
+    False leaves calibration out; max_ram_bytes: a limit for calibration and quantization."""
+
+    source: Path
+    options: QuantizeOptions
+    data: DataOptions
+    calib: Path | None
+    calibrated: bool = True
+    max_ram_bytes: int | None = None
+
+    @property
+    def has_set(self) -> bool:
+        """Whether the user brought a finished calibration set."""
+        return self.calib is not None and (self.calib / SET_MARK).is_file()
+
+    def identity(self) -> dict[str, Any]:
+        """What the work folder depends on, as JSON."""
+        from vl2.quant.source import Source
+
+        given = None if self.calib is None else str(self.calib.resolve())
+        return json.loads(json.dumps({
+            "source": Source(self.source).fingerprint(), "quantize": to_json(replace(self.options, force=False)),
+            "data": to_json(self.data), "calib": given, "calibrated": self.calibrated,
+        }))
+
+
+def plan_quantized(job: QuantizedExport) -> QuantizationPlan:
+    """Sizes of the bundle's weights, memory and time, without the export's own. Reads and checks the data."""
+    extent, _ = _extent(job)
+    check_job(job.source, job.options, extent, job.max_ram_bytes)
+    return plan_quantization(job.source, job.options, extent, kept_bytes=2)
+
+
+def export_quantized(job: QuantizedExport, out: Path, export_options: Any) -> Manifest:
+    """Makes the bundle; export_options: as `export_checkpoint` takes them, without a scheme.
+
+    Raises VL2Error on an existing bundle before any work, and on a work folder of another job.
+    """
+    from vl2.cli.progress import ByteProgress
+    from vl2.export import export_checkpoint
+    from vl2.export.staging import check_place
+
+    out = out.absolute()
+    check_place(out, export_options.force)
+    extent, data = _extent(job)
+    check_job(job.source, job.options, extent, job.max_ram_bytes)
+    work = out.with_name(f"{out.name}.work")
+    _begin(work, job.identity())
+    quantized = work / f"{job.source.resolve().name}-{Path(job.options.recipe).stem}"
+    with explained_disk_errors(work):
+        if not quantized.exists():
+            calibration = _calibrate(job, data, work / "calibration")
+            click.echo("quantizing", err=True)
+            quantize_as_asked(job.source, calibration, quantized, (job.options, job.max_ram_bytes))
+        click.echo("exporting" if not export_options.verify else "exporting and verifying", err=True)
+        with ByteProgress() as progress:
+            manifest = export_checkpoint(quantized, out, export_options, progress)
+    shutil.rmtree(work)
+    return manifest
+
+
+def _extent(job: QuantizedExport) -> tuple[Extent, CalibrationData | None]:
+    """How much is calibrated on, and the data where they are still to be embedded."""
+    from vl2.calib.calibration_set import read_calibration_set
+
+    if not job.calibrated:
+        return Extent(), None
+    if job.has_set:
+        return extent_of_set(read_calibration_set(job.calib)), None
+    data = read_calibration_data(job.source, job.calib, job.data)
+    tell_of_data(data)
+    return extent_of_data(data), data
+
+
+def _calibrate(job: QuantizedExport, data: CalibrationData | None, out: Path) -> Path | None:
+    from vl2.cli.progress import WorkProgress
+
+    if data is None:
+        return job.calib
+    click.echo("calibrating: images through the vision tower", err=True)
+    with WorkProgress() as progress:
+        make_calibration_set(job.source, data, out, progress)
+    return out
+
+
+def _begin(work: Path, identity: dict[str, Any]) -> None:
+    path = work / _JOB_NAME
+    if not work.exists() or not any(work.iterdir()):
+        work.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+    elif not path.exists() or read_json(path) != identity:
+        raise VL2Error(f"{work} was begun from another checkpoint, data or options",
+                       f"repeat the command it was begun with, or remove it to begin anew: rm -r {work}")
+    else:
+        click.echo(f"going on in {work}", err=True)
