@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import onnx_ir as ir
@@ -32,7 +32,9 @@ def assemble(name: str, config: ModelConfig) -> TracedGraph:
     with torch.device("meta"):
         model = DeepseekVL2(config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    kinds, graph = _trace_kinds(name, config), declare_graphs(config)[name]
+    # what is traced does not depend on how weights are stored
+    kinds = _trace_kinds(name, replace(config, quantization_config=None))
+    graph = declare_graphs(config)[name]
     inputs = [_input(port) for port in graph.inputs]
     values, weights = {value.name: value for value in inputs}, {}
     whole = ir.Graph(inputs, [], nodes=[], opset_imports={"": OPSET, DOMAIN: 1}, name=graph.file.partition(".")[0])

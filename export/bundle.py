@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -14,20 +13,30 @@ import onnx_ir as ir
 from vl2 import __version__
 from vl2.errors import VL2Error
 from vl2.export.checkpoint import Checkpoint, open_checkpoint
+from vl2.export.choice import bundle_scheme, choose_storing, quantization_facts
 from vl2.export.embeddings import FILE_NAME, embeddings_facts, embeddings_header, place_embeddings
-from vl2.export.facts import copied_files, image_facts, language_facts, module_facts, token_ids, tool_versions
+from vl2.export.facts import (
+    copied_contents,
+    copied_files,
+    image_facts,
+    language_facts,
+    module_facts,
+    token_ids,
+    tool_versions,
+)
 from vl2.export.graphs import declare_graphs
 from vl2.export.passes.store_weights import DataFile, PlacedWeight
 from vl2.export.plan import plan_checkpoint
 from vl2.export.resident import check_memory
-from vl2.export.schemes import check_scheme
 from vl2.export.source import source_name
 from vl2.export.source_hashes import hashed_in_background
 from vl2.export.staging import Staging, check_place, check_space, open_staging
+from vl2.export.storing import Storing
 from vl2.export.stream import write_weights
-from vl2.export.to_onnx import build_graph, check_graph
+from vl2.export.to_onnx import PACKED_OPSET, build_graph, check_graph
 from vl2.export.verify import verify_bundle
 from vl2.manifest import FileFacts, Manifest, ModuleFacts, Source, file_facts, write_manifest
+from vl2.quantization import DESCRIPTION_NAME
 
 # stage, bytes done, bytes in all
 Progress = Callable[[str, int, int], None]
@@ -35,12 +44,14 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """scheme: how weights are stored, "fp32" or "fp16"; verify: compare the graphs with PyTorch;
-    force: replace the bundle that is there."""
+    """scheme: how weights are stored, "fp32" or "fp16" (None); of a quantized checkpoint None, its codes are kept.
+    verify: compare the graphs with PyTorch; force: replace the bundle that is there. lowering: "portable" (standard
+    ONNX) or, for quantized checkpoints and then the default, "ort" (onnxruntime's MatMulNBits)."""
 
-    scheme: str = "fp16"
+    scheme: str | None = None
     verify: bool = True
     force: bool = False
+    lowering: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,7 @@ class Job:
     """One export under way."""
 
     checkpoint: Checkpoint
+    storing: Storing
     options: ExportOptions
     staging: Staging
     progress: Progress
@@ -62,14 +74,14 @@ def export_checkpoint(
     call goes on behind the last finished part. Raises VL2Error on a bad checkpoint, an existing `out`, a full disk.
     """
     options, source, out = options or ExportOptions(), Path(source), Path(out).absolute()
-    check_scheme(options.scheme)
     check_place(out, options.force)
     checkpoint = open_checkpoint(source)
-    plan = plan_checkpoint(checkpoint, options.scheme)
+    storing = choose_storing(checkpoint, options.scheme, options.lowering)
+    plan = plan_checkpoint(checkpoint, storing)
     if options.verify:
         check_memory(plan.verify_memory_bytes)
     with open_staging(out) as staging, hashed_in_background(_source_files(checkpoint)) as hashes:
-        job = Job(checkpoint, options, staging, progress or _silent)
+        job = Job(checkpoint, storing, options, staging, progress or _silent)
         inputs = _inputs(job)
         staging.resume(inputs)
         check_space(staging, plan.bundle_bytes)
@@ -86,11 +98,11 @@ def _write_bundle(job: Job, hashes: Future) -> Manifest:
     parts = {name: staging.part(name) or _write_graph(job, name) for name in declared}
     parts["embeddings"] = staging.part("embeddings") or _write_embeddings(job)
     parts["copies"] = _copy_files(job)
-    placed = place_embeddings(checkpoint, job.options.scheme)
+    placed = place_embeddings(checkpoint, job.storing)
     manifest = Manifest(
         vl2_version=__version__,
         variant=checkpoint.config.variant,
-        scheme=job.options.scheme,
+        scheme=bundle_scheme(checkpoint, job.storing),
         source=Source(source_name(checkpoint.folder), hashes.result()),
         image=image_facts(checkpoint),
         language=language_facts(checkpoint.config),
@@ -99,9 +111,11 @@ def _write_bundle(job: Job, hashes: Future) -> Manifest:
         embeddings=embeddings_facts(placed),
         files={name: FileFacts(**facts) for part in parts.values() for name, facts in part["files"].items()},
         modules=_sum_modules(parts.values()),
-        tools=tool_versions(),
+        tools=tool_versions(PACKED_OPSET) if checkpoint.quantized else tool_versions(),
         conversion={"underflow": _merged(part.get("underflow", {}) for part in parts.values())},
         verify={"status": "skipped"},
+        lowering=job.storing.lowering,
+        quantization=quantization_facts(checkpoint),
     )
     write_manifest(staging.folder, manifest)
     if job.options.verify:
@@ -112,7 +126,7 @@ def _write_bundle(job: Job, hashes: Future) -> Manifest:
 
 def _write_graph(job: Job, name: str) -> dict[str, Any]:
     graph = declare_graphs(job.checkpoint.config)[name]
-    data = DataFile(graph.data_file, job.options.scheme, job.checkpoint.shapes)
+    data = DataFile(graph.data_file, job.storing)
     job.progress(f"{name} graph", 0, 1)
     model, placed = build_graph(name, job.checkpoint.config, data)
     job.progress(f"{name} graph", 1, 1)
@@ -125,7 +139,7 @@ def _write_graph(job: Job, name: str) -> dict[str, Any]:
 
 
 def _write_embeddings(job: Job) -> dict[str, Any]:
-    placed = place_embeddings(job.checkpoint, job.options.scheme)
+    placed = place_embeddings(job.checkpoint, job.storing)
     record = _write_weights(job, "embeddings", FILE_NAME, placed)
     return job.staging.finish("embeddings", record.pop("files"), record)
 
@@ -146,10 +160,10 @@ def _write_weights(job: Job, stage: str, file: str, placed: list[PlacedWeight]) 
 
 def _copy_files(job: Job) -> dict[str, Any]:
     files = {}
-    for path in copied_files(job.checkpoint.folder):
-        copy = job.staging.folder / path.name
-        shutil.copyfile(path, copy)
-        files[path.name] = asdict(file_facts(copy))
+    for name, content in copied_contents(job.checkpoint.folder).items():
+        copy = job.staging.folder / name
+        copy.write_bytes(content)
+        files[name] = asdict(file_facts(copy))
     return {"files": files}
 
 
@@ -160,14 +174,17 @@ def _inputs(job: Job) -> dict[str, Any]:
     return {
         "folder": str(job.checkpoint.folder.resolve()),
         "files": status,
-        "scheme": job.options.scheme,
+        "scheme": job.storing.scheme,
+        "lowering": job.storing.lowering,
         "vl2_version": __version__,
         "tools": tool_versions(),
     }
 
 
 def _source_files(checkpoint: Checkpoint) -> list[Path]:
-    return [*checkpoint.weight_files, *copied_files(checkpoint.folder)]
+    description = checkpoint.folder / DESCRIPTION_NAME
+    described = [description] if checkpoint.quantized and description.is_file() else []
+    return [*checkpoint.weight_files, *copied_files(checkpoint.folder), *described]
 
 
 def _sum_modules(parts) -> dict[str, ModuleFacts]:

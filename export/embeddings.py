@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 from vl2.export.checkpoint import Checkpoint
+from vl2.export.packed_storage import SCALES, PackedStorage
 from vl2.export.passes.store_weights import PlacedWeight
-from vl2.export.schemes import storage_of
+from vl2.export.storing import Storing
 from vl2.export.weights import Weight
-from vl2.manifest import Embeddings, StoredTensor
+from vl2.manifest import SCALES_SUFFIX, Embeddings, StoredTensor
 
 FILE_NAME = "embeddings.safetensors"
 
@@ -21,13 +22,15 @@ _PARAMETERS = {
 _HEADER_ALIGNMENT = 64
 
 
-def place_embeddings(checkpoint: Checkpoint, scheme: str) -> list[PlacedWeight]:
-    """The file's tensors, without gaps, which the format forbids."""
+def place_embeddings(checkpoint: Checkpoint, storing: Storing) -> list[PlacedWeight]:
+    """The file's tensors, without gaps, which the format forbids; a packed table is followed by its scales."""
     placed, end = [], 0
     for name, parameter in _PARAMETERS.items():
-        shape = checkpoint.shapes[parameter]
-        placed.append(PlacedWeight(name, Weight(parameter, shape), storage_of(parameter, shape, scheme), end))
-        end = placed[-1].end
+        for storage in storing.parts_of(parameter):
+            scales = isinstance(storage, PackedStorage) and storage.part == SCALES
+            weight = Weight(parameter, checkpoint.shapes[parameter])
+            placed.append(PlacedWeight(f"{name}{SCALES_SUFFIX}" if scales else name, weight, storage, end))
+            end = placed[-1].end
     return placed
 
 
@@ -36,7 +39,7 @@ def embeddings_header(placed: list[PlacedWeight]) -> bytes:
     tensors = {
         place.name: {
             "dtype": place.storage.safetensors_dtype,
-            "shape": list(place.weight.shape),
+            "shape": list(place.shape),
             "data_offsets": [place.offset, place.end],
         }
         for place in placed
@@ -49,5 +52,5 @@ def embeddings_header(placed: list[PlacedWeight]) -> bytes:
 def embeddings_facts(placed: list[PlacedWeight]) -> Embeddings:
     """What the manifest says of the file."""
     return Embeddings(
-        FILE_NAME, {place.name: StoredTensor(place.storage.safetensors_dtype, place.weight.shape) for place in placed}
+        FILE_NAME, {place.name: StoredTensor(place.storage.safetensors_dtype, place.shape) for place in placed}
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,6 +30,18 @@ _TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
 def copied_files(folder: Path) -> list[Path]:
     """The small files of the checkpoint that a bundle holds as well."""
     return [folder / name for name in _COPIED if (folder / name).is_file()]
+
+
+def copied_contents(folder: Path) -> dict[str, bytes]:
+    """What a bundle holds of these files: their bytes, but for config.json of a quantized checkpoint.
+
+    Its `quantization_config` names tensors of the checkpoint's files, which a bundle does not have.
+    """
+    contents = {path.name: path.read_bytes() for path in copied_files(folder)}
+    config = json.loads(contents["config.json"])
+    if config.pop("quantization_config", None) is not None:
+        contents["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return contents
 
 
 def image_facts(checkpoint: Checkpoint) -> ImageFacts:
@@ -70,11 +83,12 @@ def module_facts(placed: Iterable[PlacedWeight], checkpoint: Checkpoint) -> dict
     for place in placed:
         module = module_of(checkpoint.entry(place.weight).name)
         old = sums.get(module, ModuleFacts(0, 0))
-        sums[module] = ModuleFacts(old.parameters + place.weight.elements, old.size_bytes + place.size_bytes)
+        parameters = place.weight.elements if place.counted else 0
+        sums[module] = ModuleFacts(old.parameters + parameters, old.size_bytes + place.size_bytes)
     return sums
 
 
-def tool_versions() -> dict[str, str | int]:
+def tool_versions(opset: int = OPSET) -> dict[str, str | int]:
     """Versions of what made the bundle."""
     versions = {name.replace("-", "_"): importlib.metadata.version(name) for name in _TOOLS}
-    return {"python": platform.python_version(), **versions, "opset": OPSET}
+    return {"python": platform.python_version(), **versions, "opset": opset}

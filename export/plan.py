@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vl2.export.checkpoint import Checkpoint, open_checkpoint
-from vl2.export.facts import copied_files
-from vl2.export.schemes import check_scheme, storage_of
+from vl2.export.choice import bundle_scheme, choose_storing
+from vl2.export.facts import copied_contents
+from vl2.export.storing import Storing
 from vl2.manifest import ModuleFacts
 from vl2.modules import module_of
 
@@ -29,6 +30,7 @@ class ExportPlan:
     source: str
     variant: str
     scheme: str
+    lowering: str
     checkpoint_bytes: int
     graphs: dict[str, int]
     modules: dict[str, ModuleFacts]
@@ -45,7 +47,7 @@ class ExportPlan:
         """The plan as text for a person."""
         lines = [
             f"{self.source}: {self.variant}, {_size(self.checkpoint_bytes)} → {self.scheme} bundle of "
-            f"{_size(self.bundle_bytes)}",
+            f"{_size(self.bundle_bytes)}, lowering {self.lowering}",
             "",
             "graphs",
             *(f"  {name:20} {_size(size_bytes):>10}" for name, size_bytes in self.graphs.items()),
@@ -64,29 +66,30 @@ class ExportPlan:
 
 def plan_export(source: Path, options: ExportOptions) -> ExportPlan:
     """The plan of `export_checkpoint(source, …, options)`; writes nothing. Raises VL2Error on a bad checkpoint."""
-    check_scheme(options.scheme)
-    return plan_checkpoint(open_checkpoint(Path(source)), options.scheme)
+    checkpoint = open_checkpoint(Path(source))
+    return plan_checkpoint(checkpoint, choose_storing(checkpoint, options.scheme, options.lowering))
 
 
-def plan_checkpoint(checkpoint: Checkpoint, scheme: str) -> ExportPlan:
+def plan_checkpoint(checkpoint: Checkpoint, storing: Storing) -> ExportPlan:
     """As `plan_export`, of an opened checkpoint."""
     graphs = dict.fromkeys(("vision", "decoder", "embeddings"), 0)
     modules: dict[str, ModuleFacts] = {}
     for parameter, shape in checkpoint.shapes.items():
         elements = math.prod(shape)
-        size_bytes = elements * storage_of(parameter, shape, scheme).element_bytes
+        size_bytes = storing.size_bytes(parameter)
         graphs[_graph_of(parameter)] += size_bytes
         module = module_of(checkpoint.sources[parameter][0])
         old = modules.get(module, ModuleFacts(0, 0))
         modules[module] = ModuleFacts(old.parameters + elements, old.size_bytes + size_bytes)
-    copies = sum(path.stat().st_size for path in copied_files(checkpoint.folder))
+    copies = sum(len(content) for content in copied_contents(checkpoint.folder).values())
     checkpoint_bytes = sum(path.stat().st_size for path in checkpoint.weight_files)
     config = checkpoint.config
     layers = config.language_config.num_hidden_layers + config.vision_config.layers / 3
     return ExportPlan(
         source=str(checkpoint.folder),
         variant=config.variant,
-        scheme=scheme,
+        scheme=bundle_scheme(checkpoint, storing),
+        lowering=storing.lowering,
         checkpoint_bytes=checkpoint_bytes,
         graphs=graphs,
         modules=modules,

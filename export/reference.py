@@ -1,6 +1,6 @@
 """The PyTorch model run piece by piece, each piece's weights in memory only while it computes.
 
-It answers as the float32 model whose weights were rounded as the bundle stores them.
+It answers as the float32 model whose weights were rounded as the bundle stores them; packed ones are dequantized.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BLOCK_ROWS = 4096
 
 
 class StreamedModel:
-    """The reference of one checkpoint and scheme; nothing is loaded until it runs."""
+    """The reference of one checkpoint and scheme (of what is not packed); nothing is loaded until it runs."""
 
     def __init__(self, checkpoint: Checkpoint, scheme: str):
         self._checkpoint, self._scheme = checkpoint, scheme
@@ -96,6 +96,8 @@ class StreamedModel:
         return filled
 
     def _stored(self, tensor: Tensor, name: str) -> Tensor:
+        if self._checkpoint.form(name) is not None:
+            return tensor
         storage = storage_of(name, self._checkpoint.shapes[name], self._scheme)
         return tensor.to(storage.torch_dtype).to(torch.float32)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -20,6 +21,14 @@ class Storage:
     onnx_dtype: ir.DataType
     safetensors_dtype: str
     element_bytes: int
+
+    def shape_of(self, shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+        """The shape as stored: the weight's. (axis: where its inputs lie, as for packed parts.)"""
+        return shape
+
+    def size_bytes(self, shape: tuple[int, ...], axis: int) -> int:
+        """Bytes of a weight of this shape."""
+        return math.prod(shape) * self.element_bytes
 
 
 FLOAT32 = Storage(torch.float32, ir.DataType.FLOAT, "F32", 4)

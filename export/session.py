@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from vl2.manifest import Graph
+from vl2.manifest import Manifest
 
 Cache = list[np.ndarray]
 
@@ -17,11 +17,13 @@ _ERRORS_ONLY = 3
 class GraphSession:
     """Runs a graph with its weights memory-mapped."""
 
-    def __init__(self, folder: Path, graph: Graph):
+    def __init__(self, folder: Path, manifest: Manifest, name: str):
+        graph = manifest.graphs[name]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
-        # a packed copy of float32 weights would take their size again, on top of the map
-        options.add_session_config_entry("session.disable_prepacking", "1")
+        # A packed copy of float32 weights would take their size again, on top of the map. MatMulNBits reads packed
+        # copies only: without them it expands the whole matrix in every call.
+        options.add_session_config_entry("session.disable_prepacking", "0" if manifest.lowering == "ort" else "1")
         # an arena would keep the largest step's memory for as long as the session lives
         options.enable_cpu_mem_arena = False
         self._session = onnxruntime.InferenceSession(str(folder / graph.file), options, ["CPUExecutionProvider"])

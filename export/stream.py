@@ -19,8 +19,10 @@ from torch import Tensor
 
 from vl2.errors import VL2Error
 from vl2.export.checkpoint import Checkpoint
+from vl2.export.packed_storage import SCALES, PackedStorage
 from vl2.export.passes.store_weights import PlacedWeight
 from vl2.export.schemes import FLOAT16, FLOAT16_MAX
+from vl2.export.weights import Weight
 from vl2.manifest import FileFacts
 
 _BLOCK_ELEMENTS = 4 << 20
@@ -67,11 +69,11 @@ def _one_thread() -> Iterator[None]:
 
 def converted_blocks(place: PlacedWeight, checkpoint: Checkpoint, underflow: dict[str, int]) -> Iterator[memoryview]:
     """The bytes of one weight as stored, in blocks; counts in `underflow` what float16 turns into 0."""
-    name, weight = checkpoint.entry(place.weight).name, place.weight
-    rows = max(1, _BLOCK_ELEMENTS * weight.shape[0] // weight.elements)
-    rearranged = any(step != "narrow" for step, _ in weight.layout)
-    parts = [checkpoint.read(weight)] if rearranged else map(checkpoint.read, weight.row_blocks(rows))
-    for part in parts:
+    if isinstance(place.storage, PackedStorage):
+        yield from _packed_blocks(place, place.storage, checkpoint)
+        return
+    name = checkpoint.entry(place.weight).name
+    for part in map(checkpoint.read, _blocks(place.weight)):
         stored = part.to(place.storage.torch_dtype).contiguous()
         if place.storage is FLOAT16 and part.dtype != torch.float16:
             _check_range(part, place, checkpoint)
@@ -79,6 +81,20 @@ def converted_blocks(place: PlacedWeight, checkpoint: Checkpoint, underflow: dic
             if lost:
                 underflow[name] = underflow.get(name, 0) + lost
         yield memoryview(stored.numpy()).cast("B")
+
+
+def _packed_blocks(place: PlacedWeight, storage: PackedStorage, checkpoint: Checkpoint) -> Iterator[memoryview]:
+    read = checkpoint.read_scales if storage.part == SCALES else checkpoint.read_codes
+    for part in map(read, _blocks(place.weight)):
+        yield memoryview(storage.encode(part).contiguous().numpy()).cast("B")
+
+
+def _blocks(weight: Weight) -> list[Weight]:
+    """The weight in blocks of an even number of rows, which make whole bytes of four-bit codes."""
+    if any(step != "narrow" for step, _ in weight.layout):
+        return [weight]
+    rows = _BLOCK_ELEMENTS * weight.shape[0] // weight.elements
+    return weight.row_blocks(max(2, rows // 2 * 2))
 
 
 def _check_range(block: Tensor, place: PlacedWeight, checkpoint: Checkpoint) -> None:

@@ -12,10 +12,13 @@ from vl2.export.assemble import assemble
 from vl2.export.lowering import portable
 from vl2.export.passes.arrange_weights import arrange_weights
 from vl2.export.passes.store_weights import DataFile, PlacedWeight, all_graphs, store_weights
+from vl2.export.passes.use_packed import MICROSOFT
 from vl2.manifest import Graph
 
-# What onnxruntime 1.20 reads, with opset 20.
+# What onnxruntime 1.20 reads, with opsets 20 and 21.
 _IR_VERSION = 10
+# DequantizeLinear in blocks and INT4 begin here; onnxruntime reads it from 1.20 on. No node of ours changed since 20.
+PACKED_OPSET = 21
 
 
 def build_graph(name: str, config: ModelConfig, data: DataFile) -> tuple[ir.Model, list[PlacedWeight]]:
@@ -24,6 +27,10 @@ def build_graph(name: str, config: ModelConfig, data: DataFile) -> tuple[ir.Mode
     arrange_weights(traced.model, traced.weights)
     lowered = portable.lower(traced)
     placed = store_weights(lowered.model, lowered.weights, data)
+    if data.storing.forms:
+        lowered.model.opset_imports[""] = PACKED_OPSET
+    if any(node.domain == MICROSOFT for graph in all_graphs(lowered.model.graph) for node in graph):
+        lowered.model.opset_imports[MICROSOFT] = 1
     _finish(lowered.model)
     return lowered.model, placed
 

@@ -19,11 +19,12 @@ from PIL import Image
 
 from vl2.errors import VL2Error
 from vl2.export.checkpoint import Checkpoint
+from vl2.export.choice import UNPACKED_SCHEME
 from vl2.export.reference import StreamedModel
 from vl2.export.resident import bounded_file_pages
 from vl2.export.session import GraphSession
 from vl2.file_hashes import Progress
-from vl2.manifest import Manifest
+from vl2.manifest import SCALES_SUFFIX, Manifest
 from vl2.model.merge import ImageEnds, assemble_image
 from vl2.prompt import Message, Processor, Prompt
 from vl2.safetensors_file import read_header
@@ -75,8 +76,8 @@ def verify_bundle(folder: Path, manifest: Manifest, checkpoint: Checkpoint, prog
 def compare(folder: Path, manifest: Manifest, checkpoint: Checkpoint, progress: Progress) -> Figures:
     """Runs graphs and reference on the same prompt."""
     prompt = _prompt(Processor.from_folder(folder), manifest.image.tile_size)
-    reference = StreamedModel(checkpoint, manifest.scheme)
-    features = GraphSession(folder, manifest.graphs["vision"]).run([prompt.tiles])[0]
+    reference = StreamedModel(checkpoint, UNPACKED_SCHEME if checkpoint.quantized else manifest.scheme)
+    features = GraphSession(folder, manifest, "vision").run([prompt.tiles])[0]
     wanted_features = reference.encode_tiles(torch.from_numpy(prompt.tiles))
     progress("verify", 1, 3)
     embeds = _merge(prompt, torch.from_numpy(features), _bundle_tables(folder, manifest, prompt.input_ids), manifest)
@@ -113,13 +114,17 @@ def _prompt(processor: Processor, side: int) -> Prompt:
 def _bundle_tables(folder: Path, manifest: Manifest, ids: np.ndarray) -> Tables:
     """Token rows and the two image vectors as the bundle's embeddings file has them, float32."""
     path = folder / manifest.embeddings.file
-    dtypes = {"F32": np.float32, "F16": np.float16}
+    dtypes = {"F32": np.float32, "F16": np.float16, "I8": np.int8}
     maps = {
         name: np.memmap(path, dtypes[entry.dtype], "r", entry.offset, entry.shape)
         for name, entry in read_header(path).items()
     }
-    arrays = (maps["embed_tokens"][ids], *(maps[name] for name in _VECTORS))
-    return tuple(torch.from_numpy(array.astype(np.float32)) for array in arrays)
+    arrays = {name: array[ids] if array.ndim == 2 else array for name, array in maps.items()}
+    rows = arrays["embed_tokens"].astype(np.float32)
+    if "embed_tokens" + SCALES_SUFFIX in arrays:
+        scales = arrays["embed_tokens" + SCALES_SUFFIX].astype(np.float32)
+        rows = (rows.reshape(*scales.shape, -1) * scales[..., None]).reshape(rows.shape)
+    return tuple(torch.from_numpy(array.astype(np.float32)) for array in (rows, *(arrays[name] for name in _VECTORS)))
 
 
 def _merge(prompt: Prompt, features: torch.Tensor, tables: Tables, manifest: Manifest) -> torch.Tensor:
@@ -134,7 +139,7 @@ def _merge(prompt: Prompt, features: torch.Tensor, tables: Tables, manifest: Man
 
 def _decode(folder: Path, manifest: Manifest, embeds: np.ndarray) -> tuple[np.ndarray, list[int], np.ndarray]:
     """Greedy decoding: logits [1 + steps, V], the tokens they choose, and the first logits after chunked prefill."""
-    session = GraphSession(folder, manifest.graphs["decoder"])
+    session = GraphSession(folder, manifest, "decoder")
     chunked = session.prefill(embeds, chunk=math.ceil(len(embeds) / 3))[0]
     logits, cache = session.prefill(embeds, chunk=len(embeds))
     rows, tokens = [logits], [int(logits.argmax())]

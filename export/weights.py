@@ -52,6 +52,25 @@ class Weight:
             for start, length in zip(starts, lengths, strict=True)
         ]
 
+    @property
+    def input_axis(self) -> int:
+        """Where the inputs (K, the parameter's last side) lie after the layout."""
+        axis = len(self.shape) - 1
+        for step, arguments in self.layout:
+            if step == "permute":
+                axis = arguments.index(axis)
+        return axis
+
+    def with_inputs(self, count: int) -> Weight:
+        """The same rearrangement of a tensor whose last side is `count` instead of K: its scales."""
+        layout = []
+        for step, arguments in self.layout:
+            if step == "reshape":
+                arguments = (*arguments[:-1], count)
+            layout.append((step, arguments))
+        axis = self.input_axis
+        return replace(self, shape=(*self.shape[:axis], count, *self.shape[axis + 1 :]), layout=tuple(layout))
+
     def _rows_of_parameter(self) -> tuple[int, tuple[LayoutStep, ...]]:
         """The first row held, and the layout without the step that chooses rows: rows of rows are rows."""
         if self.layout and self.layout[-1][0] == "narrow" and self.layout[-1][1][0] == 0:

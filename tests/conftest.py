@@ -32,17 +32,19 @@ def mini_folder(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def bundle_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`bundle_of(checkpoint, scheme="fp32")`: the bundle, exported once for all tests and all parallel workers."""
+    """`bundle_of(checkpoint, scheme="fp32", lowering=None)`: the bundle, exported once for all tests and all parallel
+    workers; scheme None for a quantized checkpoint."""
     root = _shared_folder(request, tmp_path_factory)
 
-    def export_once(checkpoint: Path, scheme: str = "fp32") -> Path:
-        name = f"{checkpoint.parent.name if checkpoint.name == 'checkpoint' else checkpoint.name}-{scheme}.bundle"
+    def export_once(checkpoint: Path, scheme: str | None = "fp32", lowering: str | None = None) -> Path:
+        stem = checkpoint.parent.name if checkpoint.name == "checkpoint" else checkpoint.name
+        name = f"{stem}-{scheme}-{lowering}.bundle"
         with (root / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (root / name).exists():
                 from vl2.export import ExportOptions, export_checkpoint
 
-                export_checkpoint(checkpoint, root / name, ExportOptions(scheme=scheme))
+                export_checkpoint(checkpoint, root / name, ExportOptions(scheme, lowering=lowering))
         return root / name
 
     return export_once

@@ -16,6 +16,7 @@ from vl2.json_file import from_json, read_json, to_json
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+SCALES_SUFFIX = ".scales"
 _REMEDY = "copy the bundle again, or export it again with --force"
 
 
@@ -106,7 +107,8 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """The safetensors file read by memory map."""
+    """The safetensors file read by memory map. A table of INT8 codes has its scales beside it, named with
+    `SCALES_SUFFIX`: row · scale of its group of neighbouring columns."""
 
     file: str
     tensors: dict[str, StoredTensor]
@@ -147,6 +149,9 @@ class Manifest:
     conversion: dict[str, Any]
     verify: dict[str, Any]
     schema_version: int = field(default=SCHEMA_VERSION)
+    # Which operators the graphs use; bundles of before these keys have standard ones and floats only.
+    lowering: str = "portable"
+    quantization: dict | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as JSON has it."""

@@ -41,10 +41,10 @@ class Exported:
 @pytest.fixture(scope="module", params=["fp32", "fp16"])
 def exported(request: pytest.FixtureRequest, mini_folder: Path, bundle_of) -> Exported:
     bundle, golden = bundle_of(mini_folder, request.param), mini_folder / "golden"
-    graphs = read_manifest(bundle).graphs
+    manifest = read_manifest(bundle)
     table = load_file(bundle / "embeddings.safetensors")["embed_tokens"].astype(np.float32)
     arrays = [dict(np.load(golden / f"{name}.npz")) for name in ("model", "generation")]
-    return Exported(bundle, *(GraphSession(bundle, graphs[name]) for name in ("vision", "decoder")), table, *arrays)
+    return Exported(bundle, *(GraphSession(bundle, manifest, name) for name in ("vision", "decoder")), table, *arrays)
 
 
 def test_image_features_equal_the_originals(exported: Exported, mini_folder: Path) -> None:

@@ -1,0 +1,88 @@
+"""How each parameter of an export is stored and by which operators it is used: one table for plan, graphs, files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from vl2.errors import VL2Error
+from vl2.export.packed_storage import (
+    PackedStorage,
+    Packing,
+    blobs_and_scales,
+    block_for,
+    codes_and_scales,
+)
+from vl2.export.schemes import FLOAT16, FLOAT32, Storage, storage_of
+from vl2.quantization import Form
+
+PORTABLE, ORT = "portable", "ort"
+LOWERINGS = (PORTABLE, ORT)
+
+# Uses of a weight. FLOATS: as numbers, widened where they are stored narrower.
+FLOATS = "floats"
+DEQUANTIZE = "dequantize"  # DequantizeLinear
+MULTIPLY = "multiply"  # Cast, then Mul by the scales: for matrices that many rows meet at once
+NBITS = "nbits"  # com.microsoft MatMulNBits
+
+_EMBEDDINGS = "language.embed_tokens.weight"
+# Not a Linear in the graph: read by head, as W_k and W_v, in a batched MatMul.
+_BY_HEAD = ".kv_b_proj.weight"
+_MANY_ROWS = ("vision.", "projector.")
+
+
+@dataclass(frozen=True)
+class Storing:
+    """scheme: of all that is not packed; shapes: of the model's parameters; forms: of the packed ones, and the element
+    type of their scales."""
+
+    scheme: str
+    lowering: str
+    shapes: Mapping[str, tuple[int, ...]]
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    scales: Mapping[str, Storage] = field(default_factory=dict)
+
+    def use_of(self, parameter: str) -> str:
+        """One of the uses above."""
+        form = self.forms.get(parameter)
+        if form is None:
+            return FLOATS
+        if self.lowering == PORTABLE or parameter == _EMBEDDINGS:
+            return DEQUANTIZE
+        if parameter.endswith(_BY_HEAD):
+            return FLOATS
+        if form.bits == 8 and parameter.startswith(_MANY_ROWS):
+            return MULTIPLY
+        return DEQUANTIZE if block_for(form, self.shapes[parameter][-1]) is None else NBITS
+
+    def parts_of(self, parameter: str) -> list[Storage | PackedStorage]:
+        """What a parameter, or each matrix of a stack, is stored as."""
+        use, shape = self.use_of(parameter), self.shapes[parameter]
+        if use == FLOATS:
+            # codes times scales have up to 19 bits, which float16 does not hold
+            return [FLOAT32 if parameter in self.forms else storage_of(parameter, shape, self.scheme)]
+        form, scales = self.forms[parameter], self.scales.get(parameter, FLOAT16)
+        if use == NBITS:
+            return blobs_and_scales(Packing(form, shape[-1], block_for(form, shape[-1])), scales)
+        return codes_and_scales(Packing(form, shape[-1]), scales)
+
+    def size_bytes(self, parameter: str) -> int:
+        """Bytes of a parameter in the data file, without gaps."""
+        shape = self.shapes[parameter]
+        parts = self.parts_of(parameter)
+        if len(parts) == 1:
+            return parts[0].size_bytes(shape, len(shape) - 1)
+        copies, matrix = (shape[0], shape[1:]) if len(shape) == 3 else (1, shape)
+        return copies * sum(part.size_bytes(matrix, len(matrix) - 1) for part in parts)
+
+
+def check_lowering(lowering: str | None, quantized: bool) -> str:
+    """The lowering to take: `ort` for quantized checkpoints, `portable` for others unless told. Raises VL2Error."""
+    if lowering is None:
+        return ORT if quantized else PORTABLE
+    if lowering not in LOWERINGS:
+        raise VL2Error(f"there is no lowering `{lowering}`", f"choose one of {', '.join(LOWERINGS)}")
+    if lowering == ORT and not quantized:
+        raise VL2Error("the lowering `ort` is for quantized checkpoints: it changes how packed matrices are multiplied",
+                       "leave --lowering out, or quantize the checkpoint first")  # fmt: skip
+    return lowering
