@@ -23,7 +23,7 @@ from vl2.quant.fold import Stage
 from vl2.quant.linears import HEAD, WEIGHT
 from vl2.quant.method import METHODS, method_named
 from vl2.quant.parts import Part, split_parts
-from vl2.quant.publish import publish
+from vl2.quant.publish import DESCRIPTION_NAME, publish
 from vl2.quant.quantization_config import form_of
 from vl2.quant.recipe import OuterParts, Recipe, assign_schemes, builtin_recipe, read_recipe
 from vl2.quant.shard import write_shard, write_text
@@ -176,6 +176,11 @@ class Quantizer:
     def _begin(self) -> None:
         if self.out.exists() and not self.options.force:
             raise VL2Error(f"{self.out} exists", "give another name, or --force to replace it")
+        if self.out.is_file() or (
+            self.out.exists() and any(self.out.iterdir()) and not (self.out / DESCRIPTION_NAME).is_file()
+        ):
+            raise VL2Error(f"{self.out} exists and is no quantized checkpoint",
+                           "give another name; it is not replaced even with --force")
         job = {
             "source": self.source.fingerprint(), "recipe": to_json(self.recipe), "method": self.options.method,
             "calibration": to_json(self.options.calibration),

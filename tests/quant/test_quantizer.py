@@ -212,3 +212,12 @@ def test_parts_cover_a_checkpoint_in_the_order_of_the_model(goldens: Path) -> No
     assert sum(map(len, parts.values())) == len(names)
     order = [str(part) for part in parts]
     assert order[:4] == ["vision", "embeddings", "layer 0 attention", "layer 0 mlp"] and order[-1] == "head"
+
+
+def test_a_folder_that_is_no_quantized_checkpoint_is_never_replaced(goldens: Path, tmp_path: Path) -> None:
+    out = tmp_path / "models"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(VL2Error, match="no quantized checkpoint"):
+        quantize_checkpoint(goldens / "tiny-mini", out, QuantizeOptions(method="rtn", force=True))
+    assert (out / "thesis.txt").exists() and not (tmp_path / "models.partial").exists()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,12 +58,14 @@ class QuantizedExport:
 
     def identity(self) -> dict[str, Any]:
         """What the work folder depends on, as JSON."""
+        from vl2.quant.quantizer import recipe_for
         from vl2.quant.source import Source
 
+        source = Source(self.source)
         given = None if self.calib is None else str(self.calib.resolve())
         return json.loads(json.dumps({
-            "source": Source(self.source).fingerprint(), "quantize": to_json(replace(self.options, force=False)),
-            "data": to_json(self.data), "calib": given, "calibrated": self.calibrated,
+            "source": source.fingerprint(), "recipe": to_json(recipe_for(self.options, source.config)),
+            "method": self.options.method, "data": to_json(self.data), "calib": given, "calibrated": self.calibrated,
         }))
 
 
