@@ -151,12 +151,12 @@ def test_resuming_with_other_options_is_refused(goldens: Path, tmp_path: Path) -
 
 def test_an_existing_output_is_replaced_only_when_forced(goldens: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "precious").touch()
+    quantize_checkpoint(goldens / "tiny-mini", out, QuantizeOptions(method="rtn"))
+    (out / "note").touch()
     with pytest.raises(VL2Error, match="exists"):
         quantize_checkpoint(goldens / "tiny-mini", out, QuantizeOptions(method="rtn"))
     quantize_checkpoint(goldens / "tiny-mini", out, QuantizeOptions(method="rtn", force=True))
-    assert is_quantized(out) and not (out / "precious").exists() and not (tmp_path / "out.replaced").exists()
+    assert is_quantized(out) and not (out / "note").exists() and not (tmp_path / "out.replaced").exists()
 
 
 def test_a_method_that_needs_calibration_is_refused_without(goldens: Path, tmp_path: Path) -> None:
