@@ -18,7 +18,7 @@ from vl2.image import image_token_count
 from vl2.nano.documents import Document, make_document
 from vl2.nano.geometry import GEOMETRY, write_description
 from vl2.nano.labels import tile_labels
-from vl2.nano.pointers import NOWHERE, block_positions, character_targets
+from vl2.nano.pointers import NOWHERE, block_positions, character_targets, subject_targets
 from vl2.nano.questions import Question
 from vl2.prompt import Message, Processor
 
@@ -47,6 +47,7 @@ class Batch:
     tiles: uint8 [B, n, 3, S, S]; before: ids [B, 4] ahead of the image block; text: ids [B, L] behind it, padded right;
     question: int16 [B, L], index into `questions` where the token is to be predicted, −1 elsewhere;
     pointer: int64 [B, L], position in the sequence where that token is to be read, −1 where none is known;
+    subject: int64 [B, L], position where the page has what that token of a question speaks of, or −1;
     patches, slots, boxes: labels of the local tiles (see TileLabels), [B, tw·th, …]; places: [B, h·th, h·tw, 4].
     """
 
@@ -56,6 +57,7 @@ class Batch:
     text: np.ndarray
     question: np.ndarray
     pointer: np.ndarray
+    subject: np.ndarray
     questions: list[Question]
     patches: np.ndarray
     slots: np.ndarray
@@ -128,6 +130,28 @@ def _read_positions(processor: Processor, document: Document, questions: list[Qu
     return np.array(read_at, np.int64)
 
 
+def _subject_positions(processor: Processor, page: tuple[Document, list[Question]], ids: np.ndarray) -> np.ndarray:
+    """For every text token of a page's conversation the sequence position of what a question names there."""
+    document, questions = page
+    positions = block_positions(document) + IMAGE_START
+    found, start = np.full(len(ids), NOWHERE, np.int64), 0
+    for number, question in enumerate(questions):
+        before = " " if number else "\n"
+        encoding = processor.tokenizer.encode(before + question.question, add_special_tokens=False)
+        start = _find(ids, np.array(encoding.ids), start)
+        characters = [NOWHERE, *subject_targets(document, question, positions)]
+        for i, (_, stop) in enumerate(encoding.offsets):
+            found[start + i] = characters[stop - 1]
+        start += len(encoding.ids)
+    return found
+
+
+def _find(ids: np.ndarray, part: np.ndarray, start: int) -> int:
+    """The first index from `start` at which `ids` goes on with `part`."""
+    windows = np.lib.stride_tricks.sliding_window_view(ids[start:], len(part))
+    return start + int(np.flatnonzero((windows == part).all(1))[0])
+
+
 def assemble_batch(processor: Processor, crop: tuple[int, int], documents: list) -> Batch:
     """Encodes (document, questions) pairs of one crop."""
     prompts = [_encode(processor, document, questions) for document, questions in documents]
@@ -137,6 +161,7 @@ def assemble_batch(processor: Processor, crop: tuple[int, int], documents: list)
     text = np.full((len(prompts), length), processor.pad_id, np.int64)
     index = np.full((len(prompts), length), -1, np.int16)
     pointer = np.full((len(prompts), length), NOWHERE, np.int64)
+    subject = pointer.copy()
     asked: list[Question] = []
     for row, (prompt, (document, questions)) in enumerate(zip(prompts, documents, strict=True)):
         ids, targets = prompt.input_ids[start:], prompt.target_ids[start:] != processor.ignore_id
@@ -149,12 +174,13 @@ def assemble_batch(processor: Processor, crop: tuple[int, int], documents: list)
         where = np.flatnonzero(targets)
         assert len(where) == len(read_at), "answers were encoded differently within the conversation"
         pointer[row, where] = read_at
+        subject[row, : len(ids)] = _subject_positions(processor, (document, questions), ids)
     kept = slice(0, 1) if crop == (1, 1) else slice(None)
     tiles = np.stack([np.rint((prompt.tiles[kept] * 0.5 + 0.5) * 255).astype(np.uint8) for prompt in prompts])
     labels = [tile_labels(document) for document, _ in documents]
     stacked = [np.stack([getattr(label, name) for label in labels]) for name in LABELS]
     before = np.stack([prompt.input_ids[:IMAGE_START] for prompt in prompts])
-    return Batch(crop, tiles, before, text, index, pointer, asked, *stacked)
+    return Batch(crop, tiles, before, text, index, pointer, subject, asked, *stacked)
 
 
 def _render(queue, seed: str, schedule, start: int, step: int) -> None:

@@ -80,8 +80,8 @@ def batch_loss(w: Weights, shape: Shape, batch: Batch, tower_weight: float, lang
     grid = features[:, local].unflatten(1, (high, wide))
     answers, exact, side = _answer_loss(w, shape, batch, assemble(w, features[:, 0], grid))
     parts |= {"answers": answers.item(), "balance": side.balance.item(), "pointing": side.pointing.item(),
-              "pointed": side.pointed}
-    parts["placing"] = side.placing.item()
+              "pointed": side.pointed, "found": side.found}
+    parts["placing"] = float(torch.as_tensor(side.placing).detach())
     total = answers + BALANCE_WEIGHT * side.balance + POINTING_WEIGHT * side.pointing + tower_weight * loss
     total = total + PLACING_WEIGHT * side.placing
     return Outcome(total, parts, exact)
@@ -94,7 +94,8 @@ def _answer_loss(w: Weights, shape: Shape, batch: Batch, image: Tensor):
     pointer = torch.from_numpy(batch.pointer)
     # The state before a token predicts it, so pointers move one place to the left.
     side = SideLosses(pointer=torch.cat([pointer[:, 1:], pointer.new_full((len(pointer), 1), -1)], 1),
-                      places=torch.from_numpy(batch.places).float(), places_start=LOCAL_START)
+                      subject=torch.from_numpy(batch.subject), places=torch.from_numpy(batch.places).float(),
+                      places_start=LOCAL_START)
     hidden = decoder(w, shape, x, side, text.shape[1] + 1)
     question = torch.from_numpy(batch.question).long()
     asked = question >= 0

@@ -19,6 +19,9 @@ Weights = dict[str, Tensor]
 
 # Layers whose first head is taught to attend to where the next answer token is written.
 POINTING_LAYERS = (2, 3, 4)
+# Layers whose second head is taught to attend, from a word in a question, to the same word on the page.
+FINDING_LAYERS = (1, 2)
+FINDING_SHARE = 0.3  # of the weight that the other pointing has; it is the easier one
 # Layer into which image tokens are to bring where on the page their word is; pointing heads can then read it off.
 PLACING_LAYER = 2
 
@@ -27,7 +30,7 @@ PLACING_LAYER = 2
 class SideLosses:
     """Losses collected inside the decoder: expert balance over the MoE layers, and, where they are set, two more.
 
-    pointer: int64 [B, L], for the last L queries the key position their head should attend to, −1 for any.
+    pointer, subject: int64 [B, L], for the last L queries the key position that a head should attend to, −1 for any.
     places: float32 [B, rows, columns, 4], what the map of image tokens that starts at `places_start` should know.
     """
 
@@ -35,6 +38,8 @@ class SideLosses:
     pointer: Tensor | None = None
     pointing: Tensor | float = 0.0
     pointed: float = 0.0
+    subject: Tensor | None = None
+    found: float = 0.0
     places: Tensor | None = None
     places_start: int = 0
     placing: Tensor | float = 0.0
@@ -45,24 +50,37 @@ class SideLosses:
         tokens = x[:, self.places_start: self.places_start + rows * (columns + 1)]
         tokens = tokens.unflatten(1, (rows, columns + 1))[:, :, :columns]
         known = ~self.places[..., 0].isnan()
+        if not known.any():
+            return
         guess = F.linear(rms_norm(torch.ones_like(tokens[0, 0, 0]), tokens[known]), w["auxiliary.places.weight"],
                          w["auxiliary.places.bias"]).float()
         self.placing = (guess - self.places[known]).abs().mean()
 
-    def point(self, q: Tensor, k: Tensor, mask: Tensor) -> None:
-        """Adds the cross-entropy of one head's attention, q and k [B, T, dim], against `pointer`."""
-        length = self.pointer.shape[1]
-        known = self.pointer >= 0
-        scores = torch.bmm(q[:, -length:] * q.shape[-1] ** -0.5, k.mT) + mask[-length:]
-        scores, target = scores[known].float(), self.pointer[known]
-        self.pointing = self.pointing + F.cross_entropy(scores, target) / len(POINTING_LAYERS)
-        self.pointed = (scores.detach().argmax(-1) == target).float().mean().item()
+    def point(self, layer: int, q: Tensor, k: Tensor, mask: Tensor) -> None:
+        """Adds the cross-entropies of the attention of two heads of a layer, q and k [B, heads, T, dim]."""
+        if layer in POINTING_LAYERS:
+            loss, self.pointed = _pointing(q[:, 0], k[:, 0], mask, self.pointer)
+            self.pointing = self.pointing + loss / len(POINTING_LAYERS)
+        if layer in FINDING_LAYERS:
+            loss, self.found = _pointing(q[:, 1], k[:, 1], mask, self.subject)
+            self.pointing = self.pointing + FINDING_SHARE * loss / len(FINDING_LAYERS)
+
+
+def _pointing(q: Tensor, k: Tensor, mask: Tensor, target: Tensor) -> tuple[Tensor, float]:
+    """Cross-entropy of one head's attention, q and k [B, T, dim], against `target`, and the share of hits."""
+    length, known = target.shape[1], target >= 0
+    scores = torch.bmm(q[:, -length:] * q.shape[-1] ** -0.5, k.mT) + mask[-length:]
+    scores, target = scores[known].float(), target[known]
+    if not len(target):
+        return scores.sum(), 0.0
+    return F.cross_entropy(scores, target), (scores.detach().argmax(-1) == target).float().mean().item()
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one attention layer is to do: how many of the last positions ask, and where its pointing is scored."""
+    """What one attention layer is to do: its number, how many of the last positions ask, where pointing is scored."""
 
+    layer: int
     queries: int
     side: SideLosses | None = None
 
@@ -197,7 +215,7 @@ def plain_attention(w: Weights, name: str, x: Tensor, settings: dict, run: Run) 
     q, k, v = F.linear(x, fused).view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
     q, k, mask = rotate(q, cos, sin), rotate(k, cos, sin), causal_mask(length, x.dtype)
     if run.side is not None:
-        run.side.point(q[:, 0], k[:, 0], mask)
+        run.side.point(run.layer, q, k, mask)
     out = causal_attention(q[:, :, -run.queries:], k, v, mask)
     return linear(w, name + ".o_proj", out.transpose(1, 2).flatten(2))
 
@@ -221,7 +239,7 @@ def latent_attention(w: Weights, name: str, x: Tensor, settings: dict, run: Run)
     k = torch.cat([kv[..., :nope], shared], -1)
     mask = causal_mask(length, x.dtype)
     if run.side is not None:
-        run.side.point(q[:, 0], k[:, 0], mask)
+        run.side.point(run.layer, q, k, mask)
     out = causal_attention(q[:, :, -run.queries:], k, kv[..., nope:], mask)
     return linear(w, name + ".o_proj", out.transpose(1, 2).flatten(2))
 
@@ -252,8 +270,8 @@ def decoder(w: Weights, shape: Shape, x: Tensor, side: SideLosses, last: int | N
         name = f"language.model.layers.{layer}"
         if layer == PLACING_LAYER and side.places is not None:
             side.place(w, x)
-        watched = side if side.pointer is not None and layer in POINTING_LAYERS else None
-        run = Run(last if last and layer == layers - 1 else x.shape[1], watched)
+        watched = side if side.pointer is not None else None
+        run = Run(layer, last if last and layer == layers - 1 else x.shape[1], watched)
         attended = attend(w, name + ".self_attn", rms_norm(w[name + ".input_layernorm.weight"], x), settings, run)
         x = x[:, -run.queries:] + attended
         normed = rms_norm(w[name + ".post_attention_layernorm.weight"], x)

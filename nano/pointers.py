@@ -15,6 +15,7 @@ from vl2.nano.geometry import CELL, CELLS, GEOMETRY, TILE
 from vl2.nano.questions import Question
 
 NOWHERE = -1
+_SPOKEN = re.compile(r"[^\s<>|]+")
 _COORDINATES = re.compile(r"\[\[(\d+), (\d+), (\d+), (\d+)\]\]")
 
 
@@ -52,6 +53,29 @@ def character_targets(document: Document, question: Question, positions: np.ndar
             spoken = [i for i, character in enumerate(answer) if not character.isspace()]
             for offset, i in enumerate(spoken):
                 targets[i] = int(positions[start + offset])
+    return targets
+
+
+def subject_targets(document: Document, question: Question, positions: np.ndarray) -> list[int]:
+    """For every character of the question the block position of the page's word (or shape) it speaks of, or NOWHERE.
+
+    Words count where the page has them once, in whatever case and with or without a colon.
+    """
+    targets = [NOWHERE] * len(question.question)
+    on_page: dict[str, list[list[int]]] = {}
+    for index, word in enumerate(document.words):
+        glyphs = [i for i, mark in enumerate(document.marks) if mark.word == index]
+        on_page.setdefault(word.text.lower().rstrip(":"), []).append(glyphs)
+    for i, mark in enumerate(document.marks):
+        if isinstance(mark.label, tuple):
+            on_page.setdefault(mark.label[0], []).append([i])
+    for match in _SPOKEN.finditer(question.question.lower()):
+        spoken = match.group().rstrip("?.")
+        found = on_page.get(spoken, [])
+        if len(found) == 1:
+            glyphs = found[0]
+            for offset in range(len(spoken)):
+                targets[match.start() + offset] = int(positions[glyphs[min(offset, len(glyphs) - 1)]])
     return targets
 
 
