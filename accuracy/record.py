@@ -136,7 +136,8 @@ def bundle_facts(bundle: OpenBundle) -> BundleFacts:
     manifest = bundle.model.manifest
     tokenizer = manifest.files.get("tokenizer.json")
     return BundleFacts(
-        path=str(bundle.folder), variant=manifest.variant, scheme=manifest.scheme, source=manifest.source.name,
+        path=str(bundle.folder), variant=manifest.variant, scheme=manifest.scheme, lowering=manifest.lowering,
+        quantization=manifest.quantization, source=manifest.source.name,
         manifest_sha256=sha256_of(bundle.folder / MANIFEST_NAME),
         tokenizer_sha256=tokenizer.sha256 if tokenizer else "", vocab_size=manifest.language.vocab_size,
         size_bytes=sum(file.size_bytes for file in manifest.files.values()), backend=bundle.model.backend)

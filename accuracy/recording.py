@@ -32,11 +32,14 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class BundleFacts:
-    """Which bundle ran, and where. manifest_sha256: of its manifest, which holds the hashes of all its files."""
+    """Which bundle ran, and where. manifest_sha256: of its manifest, which holds the hashes of all its files;
+    quantization: as the manifest has it."""
 
     path: str
     variant: str
     scheme: str
+    lowering: str
+    quantization: dict | None
     source: str
     manifest_sha256: str
     tokenizer_sha256: str

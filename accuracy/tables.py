@@ -96,9 +96,12 @@ def _worst(report: dict[str, Any]) -> Table:
 def _facts(report: dict[str, Any]) -> Table:
     sides = report["reference"], report["candidate"]
     rows = [(name, *(str(side[key]) for side in sides)) for name, key in
-            (("bundle", "path"), ("variant", "variant"), ("scheme", "scheme"), ("source", "source"),
-             ("manifest sha256", "manifest_sha256"), ("ran on", "backend"))]
+            (("bundle", "path"), ("variant", "variant"), ("scheme", "scheme"), ("lowering", "lowering"),
+             ("source", "source"), ("manifest sha256", "manifest_sha256"), ("ran on", "backend"))]
     rows.append(("size", *(f"{side['size_bytes'] / 1e9:.3f} GB" for side in sides)))
+    methods = [(side["quantization"] or {}).get("method", _NONE) for side in sides]
+    if any(method != _NONE for method in methods):
+        rows.append(("quantized by", *methods))
     data = report["data"]
     note = (f"Data: {data['path']} ({data['format']}), {data['questions']} questions on {data['images']} images, "
             f"{len(data['bad_rows'])} of {data['rows']} rows bad, sha256 {data['sha256']}. Answers of at most "

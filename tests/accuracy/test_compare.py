@@ -20,10 +20,12 @@ from vl2.accuracy.compare import CompareOptions, Surroundings, compare
 from vl2.accuracy.metrics import METRICS
 from vl2.accuracy.questions import DataOptions, read_questions
 from vl2.accuracy.record import OpenBundle, RecordOptions, record
+from vl2.accuracy.report import to_markdown
 from vl2.accuracy.walk import WalkOptions
 from vl2.cli import cli, run_command
 from vl2.cli.evaluation import METRIC_NAMES
 from vl2.errors import VL2Error
+from vl2.runtime import GenerationOptions
 
 RECORD = RecordOptions(WalkOptions(max_new_tokens=8), top=640)
 OPTIONS = CompareOptions(record=RECORD)
@@ -86,9 +88,11 @@ def test_tasks_come_with_their_metric_and_rows_without_answers_are_left_out(repo
     assert "candidate_valid_percent" in report["tasks"][1]
 
 
-def test_the_files_of_a_report(recording: Path, candidate_bundle: Path, questions_file: Path, tmp_path) -> None:
+def test_the_files_of_a_report(
+    reference: OpenBundle, candidate: OpenBundle, recording: Path, questions_file: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("matplotlib")
-    report = compare(recording, candidate_bundle, questions_file, replace(OPTIONS, out=tmp_path / "out"))
+    report = compare(recording, candidate.folder, questions_file, replace(OPTIONS, out=tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
@@ -96,12 +100,19 @@ def test_the_files_of_a_report(recording: Path, candidate_bundle: Path, question
     markdown = (tmp_path / "out" / "report.md").read_text()
     for title in ("Distributions", "Tasks", "Answers", "Where it was lost", "What was compared"):
         assert f"## {title}\n" in markdown and f"<h2>{title}</h2>" in page
-    with (tmp_path / "out" / "predictions.tsv").open(newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
+    rows = predictions(tmp_path / "out" / "predictions.tsv")
+    assert rows[4]["prediction"] == candidate.model.ask("Two and two?", options=GenerationOptions(8)).text
+    expected = reference.model.ask("Two and two?", options=GenerationOptions(8)).text
+    assert predictions(tmp_path / "out" / "reference_predictions.tsv")[4]["prediction"] == expected
     assert [row["index"] for row in rows] == list("abcde") and rows[0]["answer"] == "['x', 'y']"
     assert rows[3]["question"] == "Compare  with ."
     assert all(row["prediction"] for row in rows)
     assert not list(tmp_path.glob(".*"))
+
+
+def predictions(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
 
 
 def test_without_matplotlib_the_page_has_tables_and_says_so(
@@ -166,9 +177,15 @@ def test_what_is_no_reference_is_refused(candidate_bundle: Path, questions_file:
         compare(tmp_path, candidate_bundle, questions_file)
 
 
-def test_a_bundle_of_other_tokens_is_refused(recording: Path, bundle_of, questions_file: Path, goldens: Path) -> None:
-    with pytest.raises(VL2Error, match="vocab_size"):
-        compare(recording, bundle_of(goldens / "tiny-mini"), questions_file, OPTIONS)
+def test_a_bundle_of_other_tokens_is_refused(recording: Path, nano_bundle: Path, questions_file: Path) -> None:
+    with pytest.raises(VL2Error, match="has vocab_size 384, the reference .* 640"):
+        compare(recording, nano_bundle, questions_file, OPTIONS)
+
+
+def test_a_report_tells_how_a_bundle_was_quantized(report: dict) -> None:
+    facts = {**report["candidate"], "lowering": "ort", "quantization": {"method": "gptq"}}
+    page = to_markdown({**report, "candidate": facts})
+    assert "| lowering | portable | ort |" in page and "| quantized by | – | gptq |" in page
 
 
 def test_the_command_line_knows_every_metric() -> None:
