@@ -12,6 +12,7 @@ from torch import Tensor
 from vl2.quant.awq import Consumer, search_scale
 from vl2.quant.blend import DOWN_TOKENS, blend_with_layer, shrink_to_diagonal
 from vl2.quant.linears import WEIGHT
+from vl2.quant.method import Method
 from vl2.quant.scheme import Scheme
 from vl2.quant.sites import Site, Unit
 from vl2.quant.source import Source
@@ -24,11 +25,12 @@ _LAYER_INPUT = "mlp.input"
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage is quantized from: the checkpoint, what was measured, and the schemes."""
+    """What a stage is quantized from: the checkpoint, what was measured, the schemes and the method."""
 
     source: Source
     statistics: LayerStatistics
     schemes: Mapping[str, Scheme | None]
+    method: Method
 
     def regularised(self, site: Site) -> Statistics:
         """The site's statistics as methods may trust them (`blend`)."""
@@ -60,7 +62,7 @@ def search_norm_scales(stage: Stage, units: list[Unit]) -> dict[str, Tensor]:
             name = _LAYER_INPUT if sites[-1].kind == "expert" else sites[0].name
             inputs = stage.statistics.site(name)
             consumers = [one for site in _sample(stage, sites) for one in _consumers(stage, site, inputs.tokens)]
-            scales[norm] = search_scale(consumers, inputs)
+            scales[norm] = search_scale(consumers, inputs, stage.method)
     return scales
 
 
@@ -110,7 +112,7 @@ def _search_row_scale(stage: Stage, site: Site, weights: Mapping[str, Tensor]) -
         return None
     statistics = stage.regularised(site)
     consumers = [Consumer(weights[module], statistics, stage.schemes[module]) for module in site.consumers]
-    return search_scale(consumers, statistics)
+    return search_scale(consumers, statistics, stage.method)
 
 
 def _rows_divided(tensor: Tensor, scale: Tensor, rows: slice | Tensor) -> Tensor:

@@ -155,12 +155,12 @@ class Quantizer:
         schemes = {module: self.schemes[module] for module in modules if self.schemes.get(module) is not None}
         if statistics is None:
             return quantize_plain(self.source, schemes, self.method, self._count)
-        stage = Stage(self.source, statistics, self.schemes)
+        stage = Stage(self.source, statistics, self.schemes, self.method)
         if part.stage == "head":
-            return quantize_stage(stage, [Unit((Site(_HEAD_SITE, (HEAD,)),))], None, self.method, self._count)
+            return quantize_stage(stage, [Unit((Site(_HEAD_SITE, (HEAD,)),))], None, self._count)
         language = self.source.config.language_config
         units = layer_units(language, part.layer, part.stage)
-        return quantize_stage(stage, units, router_of(language, part.layer, part.stage), self.method, self._count)
+        return quantize_stage(stage, units, router_of(language, part.layer, part.stage), self._count)
 
     def _tensors(self, part: Part, result: PartResult) -> dict[str, Tensor]:
         """The part's tensors in the source's order, packed, folded or as they were."""

@@ -72,14 +72,12 @@ def quantize_plain(source: Source, schemes: Mapping[str, Scheme], method: Method
     return result
 
 
-def quantize_stage(
-    stage: Stage, units: list[Unit], router: str | None, method: Method, report: Report
-) -> PartResult:
+def quantize_stage(stage: Stage, units: list[Unit], router: str | None, report: Report) -> PartResult:
     """A decoder layer's attention or mlp by its statistics, one unit's weights in memory at a time.
 
     router: the module that reads the mlp's input beside the units, or None.
     """
-    result = PartResult()
+    result, method = PartResult(), stage.method
     norm_scales = search_norm_scales(stage, units) if method.folds else {}
     result.folded |= fold_norms(stage, norm_scales, router)
     for unit in units:

@@ -11,6 +11,7 @@ from tests.quant.layer_files import put_into, write_statistics
 from vl2.model.checkpoint import load_model
 from vl2.model.vl2 import DeepseekVL2
 from vl2.quant.fold import Stage, fold_norms, fold_unit, search_norm_scales
+from vl2.quant.method import METHODS
 from vl2.quant.recipe import assign_schemes, builtin_recipe
 from vl2.quant.sites import layer_units, router_of
 from vl2.quant.source import Source
@@ -56,7 +57,8 @@ def test_folds_change_no_output_and_no_routing_in_float64(mini_folder: Path, tmp
     before, chosen = decode(model, hidden)
     for layer, stage in PLACES:
         path = write_statistics(tmp_path / f"{layer}.{stage}", source.config, (layer, stage), {})
-        folded, moved = fold_without_rounding(Stage(source, LayerStatistics(path), schemes), layer, stage)
+        made = Stage(source, LayerStatistics(path), schemes, METHODS["awq"])
+        folded, moved = fold_without_rounding(made, layer, stage)
         assert moved >= 2, "nothing was folded"
         put_into(model, folded)
     after, still_chosen = decode(model, hidden)
