@@ -16,6 +16,7 @@ from vl2.data.files import image_sha256
 from vl2.data.llava_json import iter_json_array
 from vl2.data.sample import EncodedImage
 from vl2.errors import VL2Error
+from vl2.nano.pages import font_folder
 from vl2.prompt import Processor
 
 ALL = DataOptions(samples=None, max_tokens=None)
@@ -264,3 +265,16 @@ def test_an_array_read_piece_by_piece_equals_the_array(
     found = list(iter_json_array(tmp_path / "a.json"))
     assert [value for _, value in found] == values
     assert all(1 <= line <= text.count("\n") + 1 for line, _ in found)
+
+
+def test_without_data_and_without_fonts_the_error_says_what_to_install(
+    processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    font_folder.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    try:
+        with pytest.raises(VL2Error, match="no calibration data were given.*matplotlib") as caught:
+            read_data(None, processor, DataOptions(samples=2))
+        assert "vl2-edge[train]" in caught.value.hint and "data of your own" in caught.value.hint
+    finally:
+        font_folder.cache_clear()
