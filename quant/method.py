@@ -15,7 +15,7 @@ from vl2.quant.rtn import rtn
 from vl2.quant.scheme import Scheme
 from vl2.quant.statistics import Statistics
 
-CHUNK_ELEMENTS = 1 << 25  # of a weight at once: an lm_head of 129,280 rows would need ten copies of 0.7 GB
+CHUNK_ELEMENTS = 1 << 23  # of a weight at once: an lm_head of 129,280 rows would need ten copies of 0.7 GB
 
 
 @dataclass(frozen=True)
