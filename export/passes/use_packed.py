@@ -71,6 +71,7 @@ class PackedUses:
             else:
                 nodes = self._planes(gemm.name, (x, bias, factor), blobs, sizes)
             gemm.graph.insert_before(gemm, [*wide, *nodes])
+            _move_into(gemm.graph, parts)
             _replace(gemm, nodes[-1].outputs[0])
 
     def _planes(self, name: str, inputs: tuple, blobs: list[ir.Value], sizes: dict[str, int]) -> list[ir.Node]:
@@ -130,6 +131,17 @@ def _insert(use, weight: ir.Value, nodes: list[ir.Node]) -> None:
     made.type, made.shape = ir.TensorType(ir.DataType.FLOAT), weight.shape
     use.node.graph.insert_before(use.node, nodes)
     use.node.replace_input_with(1, made)
+
+
+def _move_into(graph: ir.Graph, initializers: list[ir.Value]) -> None:
+    """Makes initializers of one reader the reader's graph's own.
+
+    onnxruntime packs no initializer that a branch takes from the graphs around it, and reads it unpacked: an expert of
+    Tiny in 42 ms instead of 1.
+    """
+    for value in initializers:
+        del value.graph.initializers[value.name]
+        graph.initializers.add(value)
 
 
 def _replace(node: ir.Node, value: ir.Value) -> None:

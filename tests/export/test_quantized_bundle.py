@@ -34,7 +34,7 @@ def exported(request: pytest.FixtureRequest, mini_folder: Path, quantized_of, bu
 
 def stored_arrays(bundle: Path, graph: str) -> Iterator[tuple[str, np.ndarray]]:
     """Each external initializer with its numbers; INT4 as signed numbers."""
-    for tensor in onnx.load(bundle / f"{graph}.onnx", load_external_data=False).graph.initializer:
+    for tensor in initializers(onnx.load(bundle / f"{graph}.onnx", load_external_data=False).graph):
         place = {entry.key: entry.value for entry in tensor.external_data}
         if not place:
             continue
@@ -44,6 +44,15 @@ def stored_arrays(bundle: Path, graph: str) -> Iterator[tuple[str, np.ndarray]]:
         if kind == "INT4":
             array = (nibbles(array).astype(np.int8) ^ 8) - 8
         yield tensor.name, array.reshape(tuple(tensor.dims))
+
+
+def initializers(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Those of the graph and of its branches."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from initializers(attribute.g)
 
 
 def nibbles(array: np.ndarray) -> np.ndarray:
@@ -59,7 +68,7 @@ def dequantized(bundle: Path, graph: str) -> Iterator[tuple[str, np.ndarray]]:
     for name, found in parts.items():
         scales = found.pop("scales", None)
         if scales is None:
-            yield name, found["values"].astype(np.float32)
+            yield name, found["values"]
             continue
         if "codes" in found:
             codes = found["codes"].astype(np.float32)
@@ -89,7 +98,10 @@ def test_stored_codes_dequantize_to_the_checkpoints_weights_bit_for_bit(exported
                 by_head = wanted.reshape(heads, -1, wanted.shape[-1])
                 wanted = by_head[:, :nope] if got.shape == by_head[:, :nope].shape and "permute" not in name else \
                     by_head[:, nope:].swapaxes(1, 2)
-            assert np.array_equal(got[:, : wanted.shape[1]], wanted.astype(np.float32)), name
+            if got.ndim == 2:
+                got = got[:, : wanted.shape[1]]  # a last block may be partial
+            # what the recipe kept is rounded to float16 once, as in that scheme
+            assert np.array_equal(got, wanted.astype(got.dtype)), name
     assert not weights.keys() - seen - {"language.model.embed_tokens.weight", "image_newline", "view_seperator"}
 
 
@@ -114,7 +126,7 @@ def test_the_manifest_tells_recipe_method_and_forms(exported) -> None:
     facts = json.loads((folder / "quantization.json").read_text())
     assert manifest.scheme == facts["recipe"]["name"] and manifest.quantization["method"] == "rtn"
     assert manifest.quantization["recipe"] == facts["recipe"] and "matrices" not in manifest.quantization
-    assert set(manifest.quantization["forms"]["experts"]) <= {"int4 g32", "int8 g128", "int8 g64", "int8 g32"}
+    assert all(form.startswith(manifest.scheme) for form in manifest.quantization["forms"]["experts"])
     assert manifest.source.files.keys() >= {"quantization.json", "config.json"}
     assert "quantization_config" not in json.loads((bundle / "config.json").read_text())
     check_files(bundle, manifest)
@@ -155,6 +167,14 @@ def test_nano_answers_from_a_quantized_bundle(quantized_of, bundle_of, recipe: s
     image = NANO.parent / "demo.png"
     answer = open_bundle(bundle).ask("What is shown?", [image], GenerationOptions(max_new_tokens=8))
     assert answer.token_ids
+
+
+def test_packed_matrices_belong_to_the_branch_that_reads_them(exported) -> None:
+    """onnxruntime packs no initializer from an outer graph: decoding was 24 times as slow."""
+    _, bundle, manifest = exported
+    outer = {tensor.name for tensor in onnx.load(bundle / "decoder.onnx", load_external_data=False).graph.initializer}
+    packed = {name for name, _ in stored_arrays(bundle, "decoder") if ".experts." in name and "/" in name}
+    assert packed and (packed <= outer if manifest.lowering == "portable" else not packed & outer)
 
 
 def test_a_scheme_for_a_quantized_checkpoint_is_refused(quantized_of, goldens: Path, tmp_path: Path) -> None:
