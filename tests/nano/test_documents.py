@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 
-pytest.importorskip("matplotlib", reason="documents are drawn with matplotlib's DejaVu fonts (extra `train`)")
+pytest.importorskip("matplotlib", reason="documents are drawn with matplotlib's DejaVu fonts (extra `export`)")
 
 from vl2.image import best_resolution
 from vl2.nano.documents import KINDS, make_document

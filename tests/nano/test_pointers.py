@@ -5,7 +5,7 @@ from random import Random
 import numpy as np
 import pytest
 
-pytest.importorskip("matplotlib", reason="documents are drawn with matplotlib's DejaVu fonts (extra `train`)")
+pytest.importorskip("matplotlib", reason="documents are drawn with matplotlib's DejaVu fonts (extra `export`)")
 
 from vl2.nano.batches import FULL_MIX, IMAGE_START, load_processor, make_batch
 from vl2.nano.documents import make_document
