@@ -21,10 +21,10 @@ from vl2.errors import VL2Error
 from vl2.export.checkpoint import Checkpoint
 from vl2.export.choice import UNPACKED_SCHEME
 from vl2.export.reference import StreamedModel
-from vl2.export.resident import bounded_file_pages
 from vl2.export.session import GraphSession
 from vl2.file_hashes import Progress
 from vl2.manifest import SCALES_SUFFIX, Manifest
+from vl2.mapped_pages import bounded_file_pages
 from vl2.model.merge import ImageEnds, assemble_image
 from vl2.prompt import Message, Processor, Prompt
 from vl2.safetensors_file import read_header

@@ -15,9 +15,9 @@ from vl2.errors import VL2Error
 from vl2.export import ExportOptions, export_checkpoint, resident
 from vl2.export.checkpoint import open_checkpoint
 from vl2.export.reference import StreamedModel
-from vl2.export.resident import bounded_file_pages
 from vl2.export.verify import verify_bundle
 from vl2.manifest import read_manifest
+from vl2.mapped_pages import bounded_file_pages
 from vl2.model.checkpoint import load_model
 from vl2.model.decoder import positions_from_mask
 
