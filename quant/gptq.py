@@ -76,6 +76,7 @@ def gptq_codes(weight: Tensor, scales: Tensor, bits: int, factor: Factor, block:
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     upper, columns = factor.upper, weight.shape[1]
     group = columns // scales.shape[1]
+    order, diagonal = factor.order.tolist(), upper.diagonal().tolist()  # looking into tensors costs as much as a column
     steps = scales.T.to(upper.dtype).contiguous()
     # transposed, so that a column is contiguous
     left = weight.T[factor.order].to(upper.dtype).contiguous()
@@ -84,11 +85,10 @@ def gptq_codes(weight: Tensor, scales: Tensor, bits: int, factor: Factor, block:
         end = min(begin + block, columns)
         errors = torch.empty(end - begin, weight.shape[0], dtype=upper.dtype)
         for i in range(begin, end):
-            column = int(factor.order[i])
-            step = steps[column // group]
+            step = steps[order[i] // group]
             code = (left[i] / step).round_().clamp_(low, high)
-            codes[column] = code.to(torch.int8)
-            error = (left[i] - code * step) / upper[i, i]
+            codes[order[i]] = code.to(torch.int8)
+            error = (left[i] - code * step) / diagonal[i]
             left[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
             errors[i - begin] = error
         left[end:].addmm_(upper[begin:end, end:].T, errors, alpha=-1)
