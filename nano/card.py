@@ -44,8 +44,8 @@ Byte-level tokenizer without merges: answers are spelt byte by byte, question wo
 {minutes:.0f} minutes on a shared 2-core CPU (AMX, bfloat16, one to two threads), {pages:,} pages in {steps:,} steps,
 `python -m vl2.nano.train --out DIR` (see `docs/` and `nano/train.py` for the stages):
 the tower alone on glyph labels of dense pages, then everything on questions and answers, with glyph labels on the side,
-three attention heads taught to point at what is being read, two to find what the question names, and image tokens taught
-where on the page their word is. Final values are running averages of the weights.
+three attention heads taught to point at what is being read, two to find what the question names, and image tokens
+taught where on the page their word is. Final values are running averages of the weights.
 {history}"""
 
 
