@@ -47,7 +47,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[P
     """`quantized(checkpoint, method, samples)`: the calibration set of so many documents and what became of it."""
     root = tmp_path_factory.mktemp("quantized")
 
-    def make(checkpoint: Path, method: str, samples: int = 3) -> tuple[Path, Path]:
+    def make(checkpoint: Path, method: str, samples: int = 4) -> tuple[Path, Path]:
         name = f"{checkpoint.parent.name if checkpoint == NANO else checkpoint.name}-{samples}"
         calibration, out = root / name, root / f"{name}-{method}"
         if not calibration.exists():
@@ -95,7 +95,7 @@ def test_gptq_is_closer_than_rounding_on_documents_it_has_not_seen(quantized, tm
     assert made < rounded
 
 
-@pytest.mark.parametrize("checkpoint, samples", [(GOLDENS / "tiny-mini", 3), (GOLDENS / "base-mini", 3), (NANO, 24)])
+@pytest.mark.parametrize("checkpoint, samples", [(GOLDENS / "tiny-mini", 4), (GOLDENS / "base-mini", 4), (NANO, 24)])
 def test_folds_leave_the_routing_of_the_calibration_set_as_it_was(quantized, checkpoint: Path, samples: int) -> None:
     """Norm and router with the stored folds, on the exact states that enter each of them."""
     calibration, out = quantized(checkpoint, "awq", samples)
@@ -123,13 +123,13 @@ def test_folds_leave_the_routing_of_the_calibration_set_as_it_was(quantized, che
 
 @pytest.mark.parametrize("name", MINI_CHECKPOINTS)
 def test_four_images_starve_experts_but_leave_no_nan_and_no_scale_out(quantized, name: str) -> None:
-    calibration, out = quantized(GOLDENS / name, "awq+gptq", 4)
+    calibration, out = quantized(GOLDENS / name, "awq+gptq")
     made = QuantizedCheckpoint(out)
     for module, form in made.forms.items():
         if form is not None:
             one = made.quantized(module)
             assert bool(one.scales.isfinite().all()) and bool((one.scales > 0).all()), module
-    rounded = quantized(GOLDENS / name, "rtn", 4)[1]
+    rounded = quantized(GOLDENS / name, "rtn")[1]
     assert divergence(GOLDENS / name, out, calibration) <= divergence(GOLDENS / name, rounded, calibration)
 
 
