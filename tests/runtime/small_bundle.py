@@ -146,10 +146,11 @@ def save_graph(folder: Path, proto: onnx.GraphProto, cache=()) -> Graph:
     return Graph(f"{proto.name}.onnx", f"{proto.name}.data", ports(proto.input), ports(proto.output), cache)
 
 
-def save_tensors(path: Path, tensors: dict[str, np.ndarray], dtype: str = "F32") -> None:
+def save_tensors(path: Path, tensors: dict[str, np.ndarray], dtype: str | dict[str, str] = "F32") -> None:
     header, offset = {}, 0
     for name, array in tensors.items():
-        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
+        kind = dtype if isinstance(dtype, str) else dtype.get(name, "F32")
+        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
         offset += array.nbytes
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(array.tobytes() for array in tensors.values()))

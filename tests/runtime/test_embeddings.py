@@ -36,6 +36,29 @@ def test_bfloat16_rows_are_the_upper_halves_of_float32(bundle: Path) -> None:
     np.testing.assert_array_equal(stored(bundle).image_newline.view(np.uint32) & 0xFFFF, 0)
 
 
+@pytest.mark.parametrize("groups", [1, 2, HIDDEN])
+def test_packed_rows_are_codes_times_the_scale_of_their_group(bundle: Path, groups: int) -> None:
+    generator = np.random.default_rng(groups)
+    codes = generator.integers(-128, 128, (VOCAB, HIDDEN)).astype(np.int8)
+    scales = generator.uniform(0.001, 0.01, (VOCAB, groups)).astype(np.float16)
+    save_packed(bundle, codes, scales)
+    ids = np.array([3, 3, 0, VOCAB - 1])
+    wanted = codes[ids].astype(np.float32) * np.repeat(scales[ids].astype(np.float32), HIDDEN // groups, axis=1)
+    np.testing.assert_array_equal(stored(bundle).lookup(ids), wanted)
+
+
+@pytest.mark.parametrize("shape", [(VOCAB, HIDDEN - 1), (VOCAB,), None])
+def test_scales_that_do_not_fit_the_table_are_refused(bundle: Path, shape: tuple[int, ...] | None) -> None:
+    save_packed(bundle, np.ones((VOCAB, HIDDEN), np.int8), None if shape is None else np.ones(shape, np.float16))
+    with pytest.raises(VL2Error, match="embed_tokens.scales"):
+        stored(bundle)
+
+
+def save_packed(bundle: Path, codes: np.ndarray, scales: np.ndarray | None) -> None:
+    tensors = TABLES | {"embed_tokens": codes} | ({} if scales is None else {"embed_tokens.scales": scales})
+    save_tensors(bundle / "embeddings.safetensors", tensors, {"embed_tokens": "I8", "embed_tokens.scales": "F16"})
+
+
 def test_rows_are_copies_that_may_be_written_to(bundle: Path) -> None:
     embeddings = stored(bundle)
     embeddings.lookup(np.array([1]))[:] = 0

@@ -136,6 +136,7 @@ def own_bytes():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
 
 class Manifest:
+    lowering = "portable"
     graphs = {"decoder": Graph("half.onnx", "half.data", (), ())}
 
 OrtBackend._check_device = lambda *_: None
@@ -159,3 +160,10 @@ def test_float16_weights_stay_in_the_memory_map_when_a_graph_is_loaded(tmp_path:
     done = subprocess.run([sys.executable, "-c", _LOAD, tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < weight.nbytes / 2
+
+
+def test_a_lowering_that_is_not_known_is_refused_before_a_graph_is_loaded(bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lowering": "npu"}))
+    with pytest.raises(VL2Error, match="lowering 'npu', this vl2 runs portable and ort"):
+        open_bundle(bundle)
