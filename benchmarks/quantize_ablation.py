@@ -115,15 +115,16 @@ def with_outliers(checkpoint: Path, out: Path) -> Path:
     """
     import shutil
 
-    from vl2.model.checkpoint import iter_tensors
     from vl2.quant.shard import write_shard
+    from vl2.quant.source import Source
 
     if out.exists():
         return out
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(checkpoint, partial, ignore=shutil.ignore_patterns("*.safetensors*"))
-    tensors = {name: tensor.float() for name, tensor in iter_tensors(checkpoint)}
+    source = Source(checkpoint)
+    tensors = {name: source.tensor(name).float() for name in source.entries}
     readers = {"input_layernorm": ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa"),
                "post_attention_layernorm": ("gate", "gate_proj", "up_proj")}
     for norm, names in readers.items():
