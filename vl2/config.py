@@ -78,8 +78,7 @@ class RopeScaling:
         name = "language_config.rope_scaling"
         if not isinstance(values, dict) or not {"type", "factor"} <= values.keys():
             raise VL2Error(f"`{name}` is {values!r}, expected null or an object with `type` and `factor`")
-        kinds = ("linear", "dynamic", "yarn") if use_mla else ("linear", "dynamic")
-        check_choice(f"{name}.type", values["type"], kinds)
+        check_choice(f"{name}.type", values["type"], ("linear", "dynamic", *(("yarn",) if use_mla else ())))
         known = set(RopeScaling.__dataclass_fields__) if values["type"] == "yarn" else {"type", "factor"}
         for key, value in values.items():
             if key not in known:
@@ -160,8 +159,7 @@ class LanguageConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One checkpoint. `candidate_resolutions` are (width, height) in pixels, in the file's order; `quantization_config`
-    says which of its matrices are packed integers (None: none)."""
+    """One checkpoint. `candidate_resolutions` are (width, height) in pixels, in the file's order."""
 
     vision_config: VisionConfig = field(default_factory=VisionConfig)
     projector_config: ProjectorConfig = field(default_factory=ProjectorConfig)
@@ -169,7 +167,7 @@ class ModelConfig:
     tile_tag: str = "2D"
     global_view_pos: str = "head"
     candidate_resolutions: tuple[tuple[int, int], ...] = ((384, 384),)
-    quantization_config: QuantizationConfig | None = None
+    quantization_config: QuantizationConfig | None = None  # None: no matrix is packed
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> ModelConfig:
@@ -279,9 +277,8 @@ def _check_latent(config: LanguageConfig) -> None:
 
 
 def _check_experts(config: LanguageConfig) -> None:
-    name = "language_config.num_experts_per_tok"
     _check_positive("language_config", config, "n_routed_experts", "moe_intermediate_size")
-    experts, chosen = config.n_routed_experts, config.num_experts_per_tok
+    name, experts, chosen = "language_config.num_experts_per_tok", config.n_routed_experts, config.num_experts_per_tok
     if chosen is None or not 1 <= chosen <= experts:
         raise VL2Error(f"`{name}` is {chosen}, expected 1 to n_routed_experts = {experts}")
     if config.n_shared_experts is not None:
@@ -293,11 +290,10 @@ def _check_experts(config: LanguageConfig) -> None:
 
 
 def _check_groups(config: LanguageConfig) -> None:
-    groups, kept = config.n_group, config.topk_group
-    if groups is None or groups < 1 or config.n_routed_experts % groups:
-        experts = config.n_routed_experts
+    groups, kept, experts = config.n_group, config.topk_group, config.n_routed_experts
+    if groups is None or groups < 1 or experts % groups:
         raise VL2Error(f"`language_config.n_group` is {groups}, expected a divisor of n_routed_experts {experts}")
     if kept is None or not 1 <= kept <= groups:
         raise VL2Error(f"`language_config.topk_group` is {kept}, expected 1 to n_group = {groups}")
-    if config.topk_method == "noaux_tc" and config.n_routed_experts // groups < 2:
+    if config.topk_method == "noaux_tc" and experts // groups < 2:
         raise VL2Error(f"`language_config.n_group` is {groups}: noaux_tc needs two or more experts in a group")

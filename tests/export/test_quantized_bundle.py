@@ -177,6 +177,34 @@ def test_packed_matrices_belong_to_the_branch_that_reads_them(exported) -> None:
     assert packed and (packed <= outer if manifest.lowering == "portable" else not packed & outer)
 
 
+def test_an_interrupted_export_of_codes_goes_on_and_gives_the_same_files(
+    quantized_of, goldens: Path, tmp_path: Path, bundle_of
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def progress(stage: str, done_bytes: int, total_bytes: int) -> None:
+        if stage == "decoder weights":
+            raise Killed
+
+    folder, options = quantized_of(goldens / "tiny-mini", "int4"), ExportOptions(verify=False)
+    with pytest.raises(Killed):
+        export_checkpoint(folder, tmp_path / "bundle", options, progress)
+    assert (tmp_path / ".bundle.partial" / "vision.data").exists() and not (tmp_path / "bundle").exists()
+    assert export_checkpoint(folder, tmp_path / "bundle", options).files == \
+        read_manifest(bundle_of(folder, None, "ort")).files
+
+
+def test_a_checkpoint_without_a_description_is_named_by_its_smallest_codes(
+    quantized_of, goldens: Path, tmp_path: Path
+) -> None:
+    """As other programs write them."""
+    for path in quantized_of(goldens / "tiny-mini", "int4").iterdir():
+        if path.name != "quantization.json":
+            (tmp_path / path.name).symlink_to(path)
+    assert plan_export(tmp_path, ExportOptions()).scheme == "int4"
+
+
 def test_a_scheme_for_a_quantized_checkpoint_is_refused(quantized_of, goldens: Path, tmp_path: Path) -> None:
     folder = quantized_of(goldens / "tiny-mini", "int4")
     with pytest.raises(VL2Error, match="is quantized, and its codes are exported as they are"):
