@@ -127,16 +127,20 @@ def _quantization_lines(facts: dict[str, Any]) -> list[str]:
     quantization = facts.get("quantization")
     if quantization is None:
         return []
-    named = {key: quantization.get(key) or "not said" for key in ("recipe", "method")}
-    return [f"quantized: recipe {named['recipe']}, method {named['method']}"]
+    recipe = quantization.get("recipe")
+    name = recipe.get("name") if isinstance(recipe, dict) else recipe
+    return [f"quantized: recipe {name or 'not said'}, method {quantization.get('method') or 'not said'}"]
 
 
 def _bundle_lines(facts: dict[str, Any]) -> list[str]:
-    lines = [f"scheme {facts['scheme']}, parity {facts['verify']['status']}, from {facts['source']['name']}",
+    lines = [f"scheme {facts['scheme']}, lowering {facts['lowering']}, parity {facts['verify']['status']}, "
+             f"from {facts['source']['name']}",
              *_quantization_lines(facts)]
     lines += ["", "modules"]
+    forms = (facts.get("quantization") or {}).get("forms", {})
     for name, module in facts["modules"].items():
-        lines.append(f"  {name:20} {module['parameters']:>16,} {_size(module['size_bytes']):>10}")
+        stored = ", ".join(f"{form}×{count}" for form, count in sorted(forms.get(name, {}).items()))
+        lines.append(f"  {name:20} {module['parameters']:>16,} {_size(module['size_bytes']):>10}  {stored}".rstrip())
     for name, graph in facts["graphs"].items():
         lines += ["", f"graph {name}: {graph['file']} + {graph['data_file']}"]
         for way in ("inputs", "outputs"):

@@ -14,6 +14,7 @@ from tests.conftest import NANO
 from vl2.config import load_config
 from vl2.errors import VL2Error
 from vl2.export import ExportOptions, export_checkpoint, plan_export
+from vl2.inspection import describe, inspect_path
 from vl2.manifest import Manifest, check_files, read_manifest
 from vl2.model.checkpoint import iter_tensors, parameter_sources
 from vl2.runtime import GenerationOptions, open_bundle
@@ -130,6 +131,14 @@ def test_the_manifest_tells_recipe_method_and_forms(exported) -> None:
     assert manifest.source.files.keys() >= {"quantization.json", "config.json"}
     assert "quantization_config" not in json.loads((bundle / "config.json").read_text())
     check_files(bundle, manifest)
+
+
+def test_inspecting_the_bundle_tells_scheme_and_bits_by_module(exported) -> None:
+    _, bundle, manifest = exported
+    text = describe(inspect_path(bundle))
+    assert f"quantized: recipe {manifest.scheme}, method rtn" in text and f"lowering {manifest.lowering}" in text
+    experts = next(line for line in text.splitlines() if line.startswith("  experts "))
+    assert f"{manifest.scheme}" in experts and "×" in experts
 
 
 def test_the_plan_foretells_the_sizes(exported) -> None:
