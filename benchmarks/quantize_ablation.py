@@ -3,6 +3,7 @@
     python benchmarks/quantize_ablation.py                                    # vl2-nano on its held-out questions
     python benchmarks/quantize_ablation.py CHECKPOINT DATA.jsonl --calib CALIBRATION_DATA --questions 100
     python benchmarks/quantize_ablation.py --outliers                         # the same model with loud channels
+    python benchmarks/quantize_ablation.py --baselines --recipes int4 int8    # and bitsandbytes, `vl2-edge[baselines]`
 
 Reference: the checkpoint in float32 through the PyTorch model, teacher-forced on the data's answers. KLD is of the next
 token's distribution, in nats. Prints a Markdown table; `--json FILE` keeps the figures. Finished rows are kept in
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,10 +33,14 @@ from vl2.data.sample import Sample
 from vl2.json_file import read_json
 from vl2.model.checkpoint import load_model
 from vl2.model.vl2 import DeepseekVL2
+from vl2.modules import module_of
 from vl2.prompt import Processor, Prompt
-from vl2.quant.linears import matrices
+from vl2.quant.baselines import BASELINES, replace_matrices
+from vl2.quant.linears import WEIGHT, matrices
 from vl2.quant.method import METHODS
 from vl2.quant.quantizer import QuantizeOptions
+from vl2.quant.recipe import assign_schemes, builtin_recipe
+from vl2.quant.source import Source
 
 NANO = Path(__file__).parents[1] / "nano"
 UNIFORM = "uniform int4 g32"
@@ -116,7 +122,6 @@ def with_outliers(checkpoint: Path, out: Path) -> Path:
     import shutil
 
     from vl2.quant.shard import write_shard
-    from vl2.quant.source import Source
 
     if out.exists():
         return out
@@ -148,10 +153,48 @@ def row_of(checkpoint: Path, calibration: Path, work: Path, which: tuple[str, st
         path = str(uniform_recipe(checkpoint, work / "uniform.json")) if recipe == UNIFORM else recipe
         quantize_calibrated(CalibratedJob(checkpoint, calibration, out, QuantizeOptions(path, method=method),
                                           StreamOptions()))
-    facts = read_json(out / "quantization.json")
-    language = sum(size for module, size in facts["modules"].items() if not module.startswith(("vision", "projector")))
-    return out, {"recipe": recipe, "method": method, "seconds": round(time.monotonic() - started, 1),
-                 "language_bytes": language, "bytes": sum(facts["modules"].values())}
+    seconds = round(time.monotonic() - started, 1)
+    return out, {"recipe": recipe, "method": method, "seconds": seconds} | bytes_of(
+        read_json(out / "quantization.json")["modules"])
+
+
+def bytes_of(sizes: dict[str, int]) -> dict[str, int]:
+    """sizes: bytes by module (`vl2.modules`)."""
+    language = sum(size for module, size in sizes.items() if not module.startswith(("vision", "projector")))
+    return {"language_bytes": language, "bytes": sum(sizes.values())}
+
+
+def baseline_of(checkpoint: Path, name: str) -> tuple[DeepseekVL2, dict]:
+    """The model with the matrices that a baseline's recipe quantizes rounded by bitsandbytes; the facts of its row."""
+    started, model, baseline = time.monotonic(), load_model(checkpoint), BASELINES[name]
+    schemes = assign_schemes(builtin_recipe(baseline.recipe, model.config), model.config)
+    replaced = replace_matrices(model, schemes, baseline.by_bits)
+    asked = sum(scheme is not None for scheme in schemes.values())
+    assert len(replaced) == asked, f"{name}: {len(replaced)} matrices replaced of {asked}"
+    sizes: dict[str, int] = {}
+    for tensor, entry in Source(checkpoint).entries.items():
+        size = replaced.get(tensor.removesuffix(WEIGHT), entry.size_bytes)
+        sizes[module_of(tensor)] = sizes.get(module_of(tensor), 0) + size
+    seconds = round(time.monotonic() - started, 1)
+    return model, {"recipe": baseline.recipe, "method": name, "matrices": asked, "seconds": seconds} | bytes_of(sizes)
+
+
+def rows_of(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[tuple[DeepseekVL2, dict]]:
+    """Every quantized model in turn with the facts of its row."""
+    for recipe in arguments.recipes:
+        for method in arguments.methods:
+            out, facts = row_of(checkpoint, arguments.work / "calibration", arguments.work, (recipe, method))
+            yield load_model(out), facts
+    for name in arguments.baselines or ():
+        yield baseline_of(checkpoint, name)
+
+
+def calibrate(checkpoint: Path, arguments: argparse.Namespace) -> str:
+    """Makes the calibration set that the methods share; says what it is."""
+    options = DataOptions(samples=arguments.samples, max_tokens=arguments.tokens)
+    data = read_calibration_data(checkpoint, arguments.calib, options)
+    found = make_calibration_set(checkpoint, data, arguments.work / "calibration", silent)
+    return f"calibrated on {found.tokens} tokens ({found.data.format})"
 
 
 def main() -> None:
@@ -160,26 +203,21 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     if arguments.outliers:
         checkpoint = with_outliers(checkpoint, work / "outliers")
-    options = DataOptions(samples=arguments.samples, max_tokens=arguments.tokens)
-    data = read_calibration_data(checkpoint, arguments.calib, options)
-    found = make_calibration_set(checkpoint, data, work / "calibration", silent)
+    calibrated = calibrate(checkpoint, arguments) if arguments.recipes else "not calibrated"
     model = load_model(checkpoint)
     questions = questions_of(model, Processor.from_folder(checkpoint), arguments.data, arguments.questions)
     want, targets = log_probabilities(model, questions), torch.cat([question.targets for question in questions])
-    print(f"{checkpoint}: {len(questions)} questions, {len(targets)} answer positions, calibrated on {found.tokens} "
-          f"tokens ({found.data.format}); the reference's mean probability of the targets is "
-          f"{float(want.exp().gather(1, targets[:, None]).mean()):.3f}\n")
+    print(f"{checkpoint}: {len(questions)} questions, {len(targets)} answer positions, {calibrated}; the reference's "
+          f"mean probability of the targets is {float(want.exp().gather(1, targets[:, None]).mean()):.3f}\n")
     print("| recipe | method | KLD mean | ± | KLD 99 % | top-1 | RMS Δp | language bytes | s |")
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     rows = []
-    for recipe in arguments.recipes:
-        for method in arguments.methods:
-            out, facts = row_of(checkpoint, calibration=work / "calibration", work=work, which=(recipe, method))
-            lost = cost(want, log_probabilities(load_model(out), questions), targets)
-            rows.append(facts | vars(lost))
-            print(f"| {recipe} | {method} | {lost.kld:.5f} | {lost.kld_error:.5f} | {lost.kld_99:.4f} | "
-                  f"{lost.agreement:.2%} | {lost.rms_p:.2%} | {facts['language_bytes']:,} | {facts['seconds']} |",
-                  flush=True)
+    for quantized, facts in rows_of(checkpoint, arguments):
+        lost = cost(want, log_probabilities(quantized, questions), targets)
+        rows.append(facts | vars(lost))
+        print(f"| {facts['recipe']} | {facts['method']} | {lost.kld:.5f} | {lost.kld_error:.5f} | {lost.kld_99:.4f} | "
+              f"{lost.agreement:.2%} | {lost.rms_p:.2%} | {facts['language_bytes']:,} | {facts['seconds']} |",
+              flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
@@ -195,9 +233,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("ablation"))
     parser.add_argument("--outliers", action="store_true", help="of a copy with loud channels, its function unchanged")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
+    parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=RECIPES)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    return parser.parse_args()
+    parser.add_argument("--baselines", nargs="*", choices=list(BASELINES),
+                        help="rows by bitsandbytes, all if none is named; only these: --recipes --baselines")
+    arguments = parser.parse_args()
+    if arguments.baselines == []:
+        arguments.baselines = list(BASELINES)
+    return arguments
 
 
 if __name__ == "__main__":
