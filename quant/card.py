@@ -24,14 +24,21 @@ def model_card(facts: Mapping[str, Any]) -> str:
     """Markdown. facts: the content of quantization.json."""
     recipe = facts["recipe"]
     text = _HEAD.format(name=facts["source"]["name"], recipe=recipe["name"])
-    text += f"Method: `{facts['method']}`. {_calibration(facts['calibration'])}\n\n## Recipe\n\n"
-    text += _table(("modules", "scheme"), ((f"`{rule['modules']}`", rule["scheme"]) for rule in recipe["rules"]))
+    text += f"Method: `{facts['method']}`. {_calibration(facts['calibration'])}\n"
+    if recipe["rules"]:
+        text += "\n## Recipe\n\n"
+        text += _table(("modules", "scheme"), ((f"`{rule['modules']}`", rule["scheme"]) for rule in recipe["rules"]))
     text += "\n## What it cost\n\n"
-    text += "SQNR: of each matrix's output on the calibration inputs (of its weights where there were none).\n\n"
+    if "converted" in facts:
+        text += "Not known: the codes are another program's, and the original was not looked at.\n\n"
+    else:
+        text += "SQNR: of each matrix's output on the calibration inputs (of its weights where there were none).\n\n"
     columns = ("module", "matrices", "scheme", "bytes", "SQNR median, dB", "SQNR worst, dB", "worst matrix")
     text += _table(columns, _module_rows(facts))
-    fallbacks = _fallbacks(facts["matrices"])
-    if fallbacks:
+    fallbacks = [] if "converted" in facts else _fallbacks(facts["matrices"])
+    if "converted" in facts:
+        text += _converted(facts["converted"])
+    elif fallbacks:
         text += "\nMatrices whose inputs the scheme's group does not divide took a smaller one:\n\n"
         text += _table(("modules", "matrices", "group"), fallbacks)
     text += _leaning(facts["leaning_experts"])
@@ -44,6 +51,17 @@ def _calibration(calibration: Mapping[str, Any] | None) -> str:
     if calibration is None:
         return "No calibration data."
     return "Calibration: " + ", ".join(f"{key} {value}" for key, value in calibration.items()) + "."
+
+
+def _converted(converted: Mapping[str, Any]) -> str:
+    """What was rewritten although no weight changed."""
+    split, widened = len(converted["split_groups"]), len(converted["widened"])
+    text = f"\nConverted from GPTQ's format (`{converted['format']}`, made by {converted['made_by']}), codes kept.\n"
+    if split:
+        text += f"\nGroups split into ones that divide the inputs: {split} matrices.\n"
+    if widened:
+        text += f"\nStored with 8 bits, as a negative scale turns a code −8 into 8: {widened} matrices.\n"
+    return text
 
 
 def _leaning(leaning: Mapping[str, list[int]]) -> str:
@@ -65,9 +83,12 @@ def _module_rows(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
         if not matrices:
             rows.append((module, "", "as it was", f"{size:,}", "", "", ""))
             continue
+        schemes = ", ".join(sorted({matrix["scheme"] for matrix in matrices}))
+        if "converted" in facts:
+            rows.append((module, str(len(matrices)), schemes, f"{size:,}", "", "", ""))
+            continue
         worst = max(matrices, key=lambda matrix: matrix["relative_error"])
         middle = signal_to_noise_db(median(matrix["relative_error"] for matrix in matrices))
-        schemes = ", ".join(sorted({matrix["scheme"] for matrix in matrices}))
         lowest = signal_to_noise_db(worst["relative_error"])
         rows.append((
             module, str(len(matrices)), schemes, f"{size:,}", f"{middle:.1f}", f"{lowest:.1f}", f"`{worst['module']}`"

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vl2.errors import VL2Error
 from vl2.file_hashes import HashCache
 from vl2.json_file import read_json, to_json
 from vl2.modules import module_of
+from vl2.quant import vllm
 from vl2.quant.card import model_card
+from vl2.quant.gptq_source import GptqCheckpoint
 from vl2.quant.quantization_config import write_config
 from vl2.quant.shard import write_text
 from vl2.quant.source import Source
@@ -26,17 +27,19 @@ _ALSO_COPIED = ("generation_config.json", "preprocessor_config.json", "added_tok
 
 
 def publish(
-    source: Source, folder: Path, shards: Mapping[str, Mapping[str, TensorEntry]], description: Mapping[str, Any]
+    source: Source | GptqCheckpoint,
+    folder: Path,
+    shards: Mapping[str, Mapping[str, TensorEntry]],
+    description: Mapping[str, Any],
 ) -> None:
     """Writes everything but the shards into `folder`: `shards` are its shard files' headers.
 
-    description: the job's recipe, method, calibration, forms and reports, as `Quantizer.description` gives them.
+    description: the job's recipe, method, calibration, forms and reports, as `Quantizer.description` gives them. The
+    source's own `quantization_config`, which a converted one has, is replaced.
     """
     _write_index(folder, shards)
     config = read_json(source.folder / "config.json")
-    if "quantization_config" in config:
-        raise VL2Error(f"{source.folder} is quantized already", "quantize the checkpoint that it was made from")
-    config["quantization_config"] = write_config(description["forms"])
+    config["quantization_config"] = write_config(description["forms"], description["recipe"].target == vllm.NAME)
     write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     for name in (*_COPIED, *_ALSO_COPIED):
         if (source.folder / name).exists():
@@ -54,7 +57,7 @@ def _write_index(folder: Path, shards: Mapping[str, Mapping[str, TensorEntry]]) 
     write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
 
 
-def _source_facts(source: Source) -> dict[str, Any]:
+def _source_facts(source: Source | GptqCheckpoint) -> dict[str, Any]:
     """Name and files of the checkpoint with their sha256; hashes of big files are remembered by the user's cache."""
     hashes = HashCache()
     paths = sorted({entry.path for entry in source.entries.values()} | {source.folder / "config.json"})

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vl2.quant.scheme import Scheme
+from vl2.quant.vllm import LINEAR, class_level_form
 from vl2.quantization import FORMAT, Form, QuantizationConfig
 
 _VERSION = "0.20.0"
@@ -22,12 +23,17 @@ def form_of(scheme: Scheme | None) -> Form | None:
     return None if scheme is None else Form(scheme.bits, scheme.group_size)
 
 
-def write_config(forms: Mapping[str, Form | None]) -> dict[str, Any]:
-    """`quantization_config` for the modules of a model; None is a module left as it is."""
+def write_config(forms: Mapping[str, Form | None], for_vllm: bool = False) -> dict[str, Any]:
+    """`quantization_config` for the modules of a model; None is a module left as it is.
+
+    for_vllm: the group of the Linears beside the experts comes last and names their class, see `vl2.quant.vllm`.
+    """
+    of_class = class_level_form(forms) if for_vllm else None
     groups = sorted(
-        {form for form in forms.values() if form is not None}, key=lambda form: (form.bits, form.group_size or 0)
+        {form for form in forms.values() if form is not None},
+        key=lambda form: (form == of_class, form.bits, form.group_size or 0),
     )
-    targets = {form: _patterns(forms, form) for form in groups}
+    targets = {form: [LINEAR] if form == of_class else _patterns(forms, form) for form in groups}
     return {
         "quant_method": "compressed-tensors",
         "format": FORMAT,

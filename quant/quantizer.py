@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ _HEAD_SITE, _JOB_NAME = "lm_head.input", "job.json"
 class QuantizeOptions:
     """recipe: a built-in name or the path of a recipe file; outer: for built-in recipes only; method: of `METHODS`;
     calibration: what the statistics were made from, for quantization.json and the model card, flat; force: replace an
-    existing output.
+    existing output; target: "vllm", or None for the recipe's own.
     """
 
     recipe: str = "int4"
@@ -49,6 +49,7 @@ class QuantizeOptions:
     method: str = "search"
     calibration: Mapping[str, Any] | None = None
     force: bool = False
+    target: str | None = None
 
 
 def quantize_checkpoint(
@@ -221,10 +222,11 @@ def recipe_for(options: QuantizeOptions, config: ModelConfig) -> Recipe:
     """The recipe of the options for a model. Raises VL2Error as `builtin_recipe` and `read_recipe` do."""
     path = Path(options.recipe)
     if path.suffix != ".json":
-        return builtin_recipe(options.recipe, config, options.outer)
+        return replace(builtin_recipe(options.recipe, config, options.outer), target=options.target)
     if options.outer != OuterParts():
         raise VL2Error(
             f"{path} is a recipe file, which decides on vision, lm_head and embeddings itself",
             "leave those options out, or edit the file",
         )
-    return read_recipe(path)
+    recipe = read_recipe(path)
+    return replace(recipe, target=options.target or recipe.target)

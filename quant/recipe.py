@@ -16,6 +16,7 @@ from pathlib import Path
 from vl2.config import ModelConfig
 from vl2.errors import VL2Error
 from vl2.json_file import from_json, read_json
+from vl2.quant import vllm
 from vl2.quant.linears import EMBEDDINGS, HEAD, expert_layer, is_router, matrices
 from vl2.quant.scheme import SCHEMES, SMALLEST_GROUP, Scheme, scheme_named
 
@@ -36,8 +37,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
+    """target: None, or "vllm" to keep to what its DeepSeek-VL2 class can load (`vl2.quant.vllm`)."""
+
     name: str
     rules: tuple[Rule, ...]
+    target: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.target not in (None, vllm.NAME):
+            raise VL2Error(f"recipe `{self.name}` has the target {self.target!r}, expected {vllm.NAME!r} or none")
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,8 @@ def assign_schemes(recipe: Recipe, config: ModelConfig) -> dict[str, Scheme | No
     The group size follows `Scheme.group_for`; experts of a layer take the one that divides all their inputs.
 
     Raises VL2Error on a matrix that no rule matches, a rule that decides nothing, a quantized router, an INT4 head or
-    embedding, inputs that no INT4 group divides, and experts of one layer under several schemes.
+    embedding, inputs that no INT4 group divides, experts of one layer under several schemes, and what the recipe's
+    target cannot load.
     """
     shapes = matrices(config)
     decided = {module: _first_match(recipe, module) for module in shapes}
@@ -111,10 +120,11 @@ def assign_schemes(recipe: Recipe, config: ModelConfig) -> dict[str, Scheme | No
         _check_allowed(module, scheme)
     _check_experts(assigned)
     common = _common_inputs(shapes)
-    return {
+    fitted = {
         module: _fitted(module, scheme, common.get(expert_layer(module), shapes[module][1]))
         for module, scheme in assigned.items()
     }
+    return vllm.fit_vllm(fitted, shapes) if recipe.target == vllm.NAME else fitted
 
 
 def fell_back(scheme: Scheme) -> bool:

@@ -25,6 +25,9 @@ from vl2.errors import VL2Error
                    "or a recipe file.")
 @click.option("--calib", type=click.Path(path_type=Path), help="A calibration set that `vl2 calibrate` made.")
 @quantization_options
+@click.option("--for", "target", type=click.Choice(["vllm"]),
+              help="Keep to what this program can load: vision, projector, head and embeddings as they are, one form "
+                   "for all Linears beside the routed experts.")
 @click.option("--out", type=click.Path(path_type=Path), help="The folder to write.")
 @max_ram_option
 @click.option("--dry-run", is_flag=True, help="Print sizes by module, peak memory and time; write nothing.")
@@ -46,7 +49,8 @@ def command(checkpoint: str, scheme: str, calib: Path | None, out: Path | None, 
     if out is None and not dry_run:
         raise click.UsageError("Missing option '--out'.")
     folder = workstation_half().resolve_source(checkpoint)
-    options = replace(to_quantize_options(values, scheme, calib is not None), force=force)
+    options = replace(to_quantize_options(values, scheme, calib is not None), force=force,
+                      target=values.pop("target"))
     extent = Extent() if calib is None else extent_of_set(_read_set(calib))
     check_job(folder, options, extent, max_ram)
     if dry_run:
@@ -58,6 +62,9 @@ def command(checkpoint: str, scheme: str, calib: Path | None, out: Path | None, 
     with explained_disk_errors(out):
         quantize_as_asked(folder, calib, out, (options, max_ram))
     summary = summarise(out)
+    if options.target is not None:
+        summary["left_unquantized"] = left_unquantized(out)
+        _tell_of_vllm(summary["left_unquantized"])
     click.echo(json.dumps(summary, indent=2) if as_json else _sentence(summary))
 
 
@@ -73,6 +80,23 @@ def summarise(folder: Path) -> dict[str, Any]:
             "size_bytes": sum(facts["modules"].values()), "matrices": len(facts["matrices"]),
             "worst_matrix": worst["module"], "worst_sqnr_db": signal_to_noise_db(worst["relative_error"]),
             "leaning_experts": leaning, "calibration": facts["calibration"]}
+
+
+def left_unquantized(folder: Path) -> dict[str, int]:
+    """Matrices by module that a quantized checkpoint has as floating-point numbers."""
+    from collections import Counter
+
+    from vl2.modules import module_of
+    from vl2.quant.checkpoint import QuantizedCheckpoint
+
+    forms = QuantizedCheckpoint(folder).forms
+    return dict(Counter(module_of(f"{module}.weight") for module, form in forms.items() if form is None))
+
+
+def _tell_of_vllm(left: dict[str, int]) -> None:
+    counts = ", ".join(f"{module} ({count})" for module, count in left.items())
+    click.echo(f"left in FP16 for vLLM, matrices: {counts}", err=True)
+    click.echo("start vLLM with --dtype float16: in bfloat16 it would round the scales", err=True)
 
 
 def _read_set(calib: Path) -> Any:
