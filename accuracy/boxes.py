@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vl2.accuracy.text_metrics import Score
-from vl2.runtime.grounding import Box, parse
+from vl2.runtime.grounding import Box, intersection_over_union, parse
 
 IOU_BOUND = 0.5
 _FULL_SCALE = 999
-
-Corners = tuple[float, float, float, float]
 
 
 def boxes_found(prediction: str, references: Sequence[str]) -> Score:
@@ -25,7 +23,7 @@ def boxes_found(prediction: str, references: Sequence[str]) -> Score:
 def _all_found(found: Sequence[Box], expected: Sequence[Box]) -> bool:
     if not expected or len(found) != len(expected):
         return False
-    return all((not b.label or a.label == b.label) and intersection_over_union(corners(a), corners(b)) >= IOU_BOUND
+    return all((not b.label or a.label == b.label) and intersection_over_union(a.corners, b.corners) >= IOU_BOUND
                for a, b in zip(found, expected, strict=True))
 
 
@@ -34,18 +32,3 @@ def is_valid(prediction: str) -> bool:
     grounding = parse(prediction)
     return bool(grounding.boxes) and not grounding.problems and all(
         0 <= box.x1 < box.x2 <= _FULL_SCALE and 0 <= box.y1 < box.y2 <= _FULL_SCALE for box in grounding.boxes)
-
-
-def corners(box: Box) -> Corners:
-    """(x1, y1, x2, y2)."""
-    return box.x1, box.y1, box.x2, box.y2
-
-
-def intersection_over_union(a: Corners, b: Corners) -> float:
-    """Of two boxes (x1, y1, x2, y2); 0 for a box without area."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
-    return width * height / (sum(areas) - width * height)

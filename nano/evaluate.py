@@ -17,7 +17,7 @@ from pathlib import Path
 
 from vl2.errors import VL2Error
 from vl2.prompt import Message, Processor
-from vl2.runtime.grounding import Box, parse
+from vl2.runtime.grounding import intersection_over_union, parse
 
 MAX_NEW_TOKENS = 160
 IOU_BOUND = 0.5
@@ -34,16 +34,6 @@ def read_questions(path: Path) -> list[dict]:
     return [{**line, "image": path.parent / line["image"]} for line in lines]
 
 
-def intersection_over_union(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    """Of two boxes (x1, y1, x2, y2); 0 for a box without area."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
-    return width * height / (sum(areas) - width * height)
-
-
 def is_right(line: dict, answer: str) -> bool:
     """Whether `answer` counts as right for a line of the held-out file."""
     if not line["boxes"]:
@@ -52,11 +42,7 @@ def is_right(line: dict, answer: str) -> bool:
     expected = parse(line["answer"]).boxes
     if [box.label for box in found] != [box.label for box in expected]:
         return False
-    return all(_overlap(a, b) >= IOU_BOUND for a, b in zip(found, expected, strict=True))
-
-
-def _overlap(a: Box, b: Box) -> float:
-    return intersection_over_union((a.x1, a.y1, a.x2, a.y2), (b.x1, b.y1, b.x2, b.y2))
+    return all(intersection_over_union(a.corners, b.corners) >= IOU_BOUND for a, b in zip(found, expected, strict=True))
 
 
 def score(questions: Iterable[dict], ask: Ask) -> tuple[dict[str, dict], list[dict]]:

@@ -24,6 +24,8 @@ _NUMBER = re.compile(r"\s*[-+]?\d{1,9}(\.\d{0,9})?\s*")
 _COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 160, 0), (255, 0, 255), (0, 200, 200))
 _LINE_WIDTH = 3
 
+Corners = tuple[float, float, float, float]
+
 
 @dataclass(frozen=True)
 class Box:
@@ -34,6 +36,11 @@ class Box:
     y1: float
     x2: float
     y2: float
+
+    @property
+    def corners(self) -> Corners:
+        """(x1, y1, x2, y2)."""
+        return self.x1, self.y1, self.x2, self.y2
 
     def pixels(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """(x1, y1, x2, y2) in pixels of an image of `size`, truncated; 999 is one past the last pixel (spec 12)."""
@@ -53,6 +60,16 @@ class Grounding:
 
     boxes: tuple[Box, ...]
     problems: tuple[str, ...]
+
+
+def intersection_over_union(a: Corners, b: Corners) -> float:
+    """Of two boxes (x1, y1, x2, y2); 0 for a box without area."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return width * height / (sum(areas) - width * height)
 
 
 def parse(text: str) -> Grounding:

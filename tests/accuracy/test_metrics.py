@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vl2.accuracy.boxes import intersection_over_union, is_valid
+from vl2.accuracy.boxes import is_valid
 from vl2.accuracy.metrics import METRICS, metric_of
 from vl2.accuracy.text_metrics import Score
 from vl2.accuracy.vqa import normalised_answer
+from vl2.runtime.grounding import intersection_over_union
 
 
 def figure(metric: str, prediction: str, *references: str) -> float:

@@ -1,7 +1,7 @@
 import pytest
 
 from vl2.errors import VL2Error
-from vl2.nano.evaluate import evaluate, intersection_over_union, is_right, score
+from vl2.nano.evaluate import evaluate, is_right, score
 
 
 def line(answer: str, task: str = "ocr", boxes=()) -> dict:
@@ -10,12 +10,6 @@ def line(answer: str, task: str = "ocr", boxes=()) -> dict:
 
 def located(label: str, box: tuple[int, ...]) -> str:
     return f"<|ref|>{label}<|/ref|><|det|>[{list(box)}]<|/det|>"
-
-
-def test_intersection_over_union_of_known_boxes():
-    assert intersection_over_union((0, 0, 10, 10), (0, 0, 10, 10)) == 1
-    assert intersection_over_union((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
-    assert intersection_over_union((0, 0, 10, 10), (10, 0, 20, 10)) == 0
 
 
 def test_text_answers_count_only_when_equal():

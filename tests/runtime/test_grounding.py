@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vl2.runtime.grounding import Box, draw, parse
+from vl2.runtime.grounding import Box, draw, intersection_over_union, parse
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 RECORDED = json.loads((GOLDENS / "unit" / "grounding.json").read_text())
@@ -62,8 +62,9 @@ def test_the_parser_never_raises_and_never_loses_a_mark(text: str) -> None:
 
 
 @given(st.text())
-def test_any_text_is_parsed(text: str) -> None:
-    parse(text)
+def test_any_text_is_parsed_and_boxes_come_only_from_marks(text: str) -> None:
+    found = parse(text)
+    assert not found.boxes or ("<|ref|>" in text and "<|det|>" in text)
 
 
 CORNER = st.integers(0, 999)
@@ -103,3 +104,9 @@ def test_a_box_becomes_json_with_its_pixels() -> None:
     assert Box("a", 0, 0, 999, 500).to_dict((100, 100)) == {"label": "a", "box": [0, 0, 999, 500],
                                                             "pixels": [0, 0, 100, 50]}
     assert "pixels" not in Box("a", 0, 0, 1, 1).to_dict()
+
+
+def test_intersection_over_union_of_known_boxes():
+    assert intersection_over_union((0, 0, 10, 10), (0, 0, 10, 10)) == 1
+    assert intersection_over_union((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
+    assert intersection_over_union((0, 0, 10, 10), (10, 0, 20, 10)) == 0
