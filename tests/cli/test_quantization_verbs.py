@@ -117,7 +117,9 @@ def test_what_is_no_calibration_set_is_refused_with_the_command_that_makes_one(v
 
 
 @pytest.mark.parametrize("options", [("--calib", "x"), ("--method", "rtn"), ("--scheme", "fp16", "--head", "int8"),
-                                     ("--scheme", "int4", "--calib", "x", "--no-calib")])
+                                     ("--scheme", "int4", "--calib", "x", "--no-calib"),
+                                     ("--samples", "4"), ("--scheme", "fp16", "--seed", "3"),
+                                     ("--scheme", "int4", "--no-calib", "--tokens", "9")])
 def test_options_without_meaning_are_wrong_usage(vl2, tmp_path: Path, options: tuple[str, ...]) -> None:
     code, _, talk = vl2("export", TINY, "--out", tmp_path / "b", *options)
     assert code == 2 and "Usage" in talk

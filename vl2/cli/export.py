@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from vl2.cli.options import (
     RECIPES,
@@ -27,6 +28,7 @@ _CALIB_HELP = ("Calibration data for an integer scheme: a folder of images, JSON
 # Options that only an integer scheme has a use for, and how they are called.
 _OF_QUANTIZATION = {"calib": "--calib", "no_calib": "--no-calib", "method": "--method", "vision": "--vision",
                     "head": "--head", "embeddings": "--embeddings", "max_ram": "--max-ram"}
+_OF_CALIBRATION = {name: f"--{name}" for name in ("samples", "tokens", "tolerate", "seed")}  # these have defaults
 
 
 @click.command("export")
@@ -86,11 +88,15 @@ def workstation_half() -> ModuleType:
 
 
 def _check_usage(scheme: str | None, values: dict[str, Any]) -> None:
-    given = [name for key, name in _OF_QUANTIZATION.items() if values[key]]
+    source = click.get_current_context().get_parameter_source
+    sampling = [name for key, name in _OF_CALIBRATION.items() if source(key) is ParameterSource.COMMANDLINE]
+    given = [name for key, name in _OF_QUANTIZATION.items() if values[key]] + sampling
     if given and (scheme is None or scheme in _PLAIN):
         raise click.UsageError(f"{', '.join(given)}: only with an integer scheme, such as --scheme int4.")
     if values["calib"] and values["no_calib"]:
         raise click.UsageError("--calib and --no-calib exclude each other.")
+    if values["no_calib"] and sampling:
+        raise click.UsageError(f"{', '.join(sampling)}: nothing is sampled with --no-calib.")
 
 
 def _export(export: ModuleType, source: Path, out: Path, options: Any) -> Any:
