@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from vl2.errors import VL2Error
@@ -34,6 +35,8 @@ def open_bundle(path: str | os.PathLike, options: BundleOptions | None = None) -
         check_files(folder, manifest, options.progress)
     processor = Processor.from_folder(folder)
     check_processor(manifest, processor, folder)
+    # Only now: the files describe the original's rule.
+    processor = replace(processor, geometry=processor.geometry.with_max_tiles(options.max_tiles))
     return Model(Engine(manifest, processor, Embeddings(folder, manifest), OrtBackend(folder, manifest, options)))
 
 

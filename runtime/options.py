@@ -18,6 +18,7 @@ class BundleOptions:
     device: "auto" takes CUDA where onnxruntime-gpu is installed and works, else the CPU. threads: None is one a
     physical core that this process may use. check_hashes: False checks sizes only. check_memory: False opens a bundle
     whose weights are larger than the available memory. progress: gets (stage, bytes done, bytes in all).
+    max_tiles: at most so many local tiles an image (its global view comes on top); None is the original's rule.
     """
 
     device: str = "auto"
@@ -25,10 +26,12 @@ class BundleOptions:
     check_hashes: bool = True
     check_memory: bool = True
     progress: Progress | None = None
+    max_tiles: int | None = None
 
     def __post_init__(self):
         _expect(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
         _expect(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+        _expect(self.max_tiles is None or self.max_tiles >= 1, "max_tiles", self.max_tiles, "at least 1")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -47,6 +47,23 @@ class ImageGeometry:
     def tokens_per_side(self) -> int:
         """Rows (and columns) of image tokens one tile gives: ceil(floor(tile/patch)/downsample)."""
         return math.ceil(self.tile_size // self.patch_size / self.downsample_ratio)
+
+    def with_max_tiles(self, limit: int | None) -> ImageGeometry:
+        """The same without the resolutions of more than `limit` tiles; the global view comes on top. None: unchanged.
+
+        Raises VL2Error when no resolution is left.
+        """
+        if limit is None:
+            return self
+        kept = tuple(size for size in self.candidate_resolutions if self._tiles_of(size) <= limit)
+        if not kept:
+            fewest = min(map(self._tiles_of, self.candidate_resolutions))
+            raise VL2Error(f"max_tiles is {limit}, the smallest image of this model has {fewest}",
+                           f"allow {fewest} or more tiles an image")
+        return replace(self, candidate_resolutions=kept)
+
+    def _tiles_of(self, resolution: tuple[int, int]) -> int:
+        return (resolution[0] // self.tile_size) * (resolution[1] // self.tile_size)
 
 
 @dataclass(frozen=True)

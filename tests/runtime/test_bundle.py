@@ -50,6 +50,14 @@ def test_three_lines_give_an_answer(bundle: Path) -> None:
     assert answer.prompt_tokens > 100 and answer.token_ids
 
 
+def test_a_tile_budget_shortens_the_prompt_of_a_large_image_and_of_no_small_one(bundle: Path) -> None:
+    tokens = {limit: [open_bundle(bundle, BundleOptions(max_tiles=limit)).ask("What?", images=[image]).prompt_tokens
+                      for image in (IMAGE, IMAGE.resize((20, 20)))] for limit in (None, 4, 1)}
+    # 2 × 2 tiles of 4 × 4 tokens, a newline token a row, against one tile
+    assert tokens[None] == tokens[4]
+    assert [large - small for large, small in (tokens[None], tokens[1])] == [2 * 4 * (2 * 4 + 1) - 4 * (4 + 1), 0]
+
+
 def test_a_text_question_never_loads_the_vision_graph(bundle: Path, no_weight_is_read: list) -> None:
     model = open_bundle(bundle)
     first = model.ask("hello")
@@ -149,7 +157,7 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
         open_bundle(tmp_path)
 
 
-@pytest.mark.parametrize("options", [dict(device="tpu"), dict(threads=0)])
+@pytest.mark.parametrize("options", [dict(device="tpu"), dict(threads=0), dict(max_tiles=0)])
 def test_an_impossible_option_is_refused(options: dict) -> None:
     with pytest.raises(VL2Error, match="expected"):
         BundleOptions(**options)

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vl2.errors import VL2Error
-from vl2.image import ImageGeometry, best_resolution, image_token_count, load_image, pad_geometry, preprocess
+from vl2.image import (
+    ImageGeometry,
+    best_resolution,
+    image_crops,
+    image_token_count,
+    load_image,
+    pad_geometry,
+    preprocess,
+)
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CANDIDATES = tuple(map(tuple, json.loads((GOLDENS / "published" / "processor_config.json").read_text())
@@ -177,3 +185,22 @@ def test_an_impossible_geometry_is_refused(geometry: dict) -> None:
     facts = dict(tile_size=32, patch_size=4, downsample_ratio=2, candidate_resolutions=((32, 32),)) | geometry
     with pytest.raises(VL2Error, match="expected at least 1|not made of whole tiles"):
         ImageGeometry(**facts)
+
+
+@given(st.integers(1, 2000), st.integers(1, 2000), st.integers(1, 9))
+def test_a_tile_budget_chooses_by_the_originals_rule_among_fewer(width: int, height: int, limit: int) -> None:
+    crop = image_crops([(width, height)], PUBLISHED.with_max_tiles(limit))[0]
+    assert crop.prod() <= limit
+    whole = image_crops([(width, height)], PUBLISHED)[0]
+    if whole.prod() <= limit:
+        assert crop.tolist() == whole.tolist()
+
+
+def test_without_a_tile_budget_and_with_the_largest_nothing_changes() -> None:
+    assert PUBLISHED.with_max_tiles(None) is PUBLISHED
+    assert PUBLISHED.with_max_tiles(9) == PUBLISHED
+
+
+def test_a_tile_budget_below_every_resolution_is_refused() -> None:
+    with pytest.raises(VL2Error, match="max_tiles is 1, the smallest image of this model has 2"):
+        ImageGeometry(32, 4, 2, ((32, 64), (64, 64))).with_max_tiles(1)

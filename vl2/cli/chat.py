@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from vl2.cli.options import bundle_options, debug_option, generation_options, open_as_asked, to_generation_options
+from vl2.cli.options import (
+    bundle_options,
+    debug_option,
+    generation_options,
+    max_tiles_option,
+    open_as_asked,
+    to_generation_options,
+)
 from vl2.cli.run import answer_streamed, report_boxes
 from vl2.errors import VL2Error
 
@@ -19,6 +26,7 @@ _HELP = "/image FILE adds an image to the next question, /reset forgets the conv
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path),
               help="An image for the first question.")
 @generation_options
+@max_tiles_option
 @bundle_options
 @debug_option
 def command(bundle: Path, images: tuple[Path, ...], **choices: Any) -> None:

@@ -41,6 +41,10 @@ _BUNDLE = (
     click.option("--no-memory-check", is_flag=True, help="Open a bundle larger than the available memory."),
 )
 
+max_tiles_option = click.option("--max-tiles", type=click.IntRange(min=1),
+                                help="At most so many tiles an image, its global view on top: less time and memory, "
+                                "less detail. Without it the original's rule, up to 9 in the published models.")
+
 
 def generation_options(command: Callable) -> Callable:
     """Adds the options of generation to a verb; it receives them as keyword arguments."""
@@ -66,7 +70,7 @@ def open_as_asked(bundle: Path, values: dict[str, Any]) -> Any:
     hashes, memory = not values.pop("no_hash_check"), not values.pop("no_memory_check")
     with ByteProgress() as progress:
         options = BundleOptions(device=values.pop("device"), threads=values.pop("threads"), check_hashes=hashes,
-                                check_memory=memory, progress=progress)
+                                check_memory=memory, progress=progress, max_tiles=values.pop("max_tiles", None))
         model = open_bundle(bundle, options)
     click.echo(f"backend: {model.backend}", err=True)
     return model

@@ -11,6 +11,7 @@ from vl2.cli.options import (
     debug_option,
     generation_options,
     json_option,
+    max_tiles_option,
     open_as_asked,
     to_generation_options,
 )
@@ -24,6 +25,7 @@ from vl2.errors import VL2Error
               help="An image file; may be given several times.")
 @click.option("--draw", type=click.Path(path_type=Path), help="Write the last image with the answer's boxes here.")
 @generation_options
+@max_tiles_option
 @bundle_options
 @json_option
 @debug_option
