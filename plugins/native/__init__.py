@@ -1,0 +1,1 @@
+"""The operator library in C++ and the layout of its weights."""
