@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,30 +47,52 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """x: [N, H]."""
-        with _without_autocast(x.device.type):
-            logits = F.linear(x.float(), self.weight.float())
-        scores = logits.softmax(dim=-1) if self.config.scoring_func == "softmax" else logits.sigmoid()
-        selection = self._selection(scores)
-        values, idx = selection.topk(self.config.num_experts_per_tok, dim=-1, sorted=False)
-        # the correction bias chooses but does not weight
-        weights = scores.gather(-1, idx) if self.config.topk_method == "noaux_tc" else values
-        if self.config.num_experts_per_tok > 1 and self.config.norm_topk_prob:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return Routing(idx, weights * self.config.routed_scaling_factor, logits)
+        bias = self.e_score_correction_bias if self.config.topk_method == "noaux_tc" else None
+        return choose_experts(self.logits(x), bias, self.config)
 
-    def _selection(self, scores: Tensor) -> Tensor:
-        """The values the top-k is taken of [N, E]; experts of dropped groups get 0, not −∞, as in the original."""
-        if self.config.topk_method == "greedy":
-            return scores
-        noaux = self.config.topk_method == "noaux_tc"
-        choice = scores + self.e_score_correction_bias.float() if noaux else scores
-        if self.config.n_group == self.config.topk_group:
-            return choice
-        grouped = choice.unflatten(-1, (self.config.n_group, -1))
-        value = grouped.topk(2, dim=-1).values.sum(dim=-1) if noaux else grouped.amax(dim=-1)
-        kept = value.topk(self.config.topk_group, dim=-1, sorted=False).indices
-        mask = torch.zeros_like(value).scatter(-1, kept, 1.0) > 0
-        return torch.where(mask[..., None], grouped, 0.0).flatten(-2)
+    def logits(self, x: Tensor) -> Tensor:
+        """float32 [N, E] for x [N, H]."""
+        with _without_autocast(x.device.type):
+            return F.linear(x.float(), self.weight.float())
+
+
+class RoutingRule(Protocol):
+    """The fields of a language configuration that say how experts are chosen."""
+
+    topk_method: str
+    scoring_func: str
+    num_experts_per_tok: int
+    n_group: int
+    topk_group: int
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+
+
+def choose_experts(logits: Tensor, correction_bias: Tensor | None, rule: RoutingRule) -> Routing:
+    """From router logits float32 [N, E] to experts and weights (specification 9)."""
+    scores = logits.softmax(dim=-1) if rule.scoring_func == "softmax" else logits.sigmoid()
+    selection = _selection(scores, correction_bias, rule)
+    values, idx = selection.topk(rule.num_experts_per_tok, dim=-1, sorted=False)
+    # the correction bias chooses but does not weight
+    weights = scores.gather(-1, idx) if rule.topk_method == "noaux_tc" else values
+    if rule.num_experts_per_tok > 1 and rule.norm_topk_prob:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return Routing(idx, weights * rule.routed_scaling_factor, logits)
+
+
+def _selection(scores: Tensor, correction_bias: Tensor | None, rule: RoutingRule) -> Tensor:
+    """The values the top-k is taken of [N, E]; experts of dropped groups get 0, not −∞, as in the original."""
+    if rule.topk_method == "greedy":
+        return scores
+    noaux = rule.topk_method == "noaux_tc"
+    choice = scores + correction_bias.float() if noaux else scores
+    if rule.n_group == rule.topk_group:
+        return choice
+    grouped = choice.unflatten(-1, (rule.n_group, -1))
+    value = grouped.topk(2, dim=-1).values.sum(dim=-1) if noaux else grouped.amax(dim=-1)
+    kept = value.topk(rule.topk_group, dim=-1, sorted=False).indices
+    mask = torch.zeros_like(value).scatter(-1, kept, 1.0) > 0
+    return torch.where(mask[..., None], grouped, 0.0).flatten(-2)
 
 
 def _without_autocast(device_type: str):
