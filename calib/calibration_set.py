@@ -22,6 +22,7 @@ from torch import Tensor
 from vl2 import __version__
 from vl2.calib.data import DataOptions
 from vl2.calib.tensor_file import read_tensor
+from vl2.checkpoint_name import checkpoint_name
 from vl2.errors import VL2Error
 from vl2.file_hashes import HashCache
 from vl2.json_file import from_json, read_json, to_json
@@ -120,7 +121,7 @@ def checkpoint_source(folder: Path) -> Source:
     cache = HashCache()
     files = {name: cache.sha256_of(folder / name) for name in sorted(names)}
     cache.save()
-    return Source(folder.resolve().name, files)
+    return Source(checkpoint_name(folder), files)
 
 
 def check_source(description: CalibrationSet, checkpoint: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from vl2 import __version__
+from vl2.checkpoint_name import checkpoint_name
 from vl2.errors import VL2Error
 from vl2.export.checkpoint import Checkpoint, open_checkpoint
 from vl2.export.choice import bundle_scheme, choose_storing, quantization_facts
@@ -28,7 +29,6 @@ from vl2.export.graphs import declare_graphs
 from vl2.export.passes.store_weights import DataFile, PlacedWeight
 from vl2.export.plan import plan_checkpoint
 from vl2.export.resident import check_memory
-from vl2.export.source import source_name
 from vl2.export.source_hashes import hashed_in_background
 from vl2.export.staging import Staging, check_place, check_space, open_staging
 from vl2.export.storing import Storing
@@ -46,12 +46,14 @@ Progress = Callable[[str, int, int], None]
 class ExportOptions:
     """scheme: how weights are stored, "fp32" or "fp16" (None); of a quantized checkpoint None, its codes are kept.
     verify: compare the graphs with PyTorch; force: replace the bundle that is there. lowering: "portable" (standard
-    ONNX) or, for quantized checkpoints and then the default, "ort" (onnxruntime's MatMulNBits)."""
+    ONNX) or, for quantized checkpoints and then the default, "ort" (onnxruntime's MatMulNBits). source: what the
+    manifest names where the folder is only a step on the way from the user's checkpoint."""
 
     scheme: str | None = None
     verify: bool = True
     force: bool = False
     lowering: str | None = None
+    source: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def _write_bundle(job: Job, hashes: Future) -> Manifest:
         vl2_version=__version__,
         variant=checkpoint.config.variant,
         scheme=bundle_scheme(checkpoint, job.storing),
-        source=Source(source_name(checkpoint.folder), hashes.result()),
+        source=job.options.source or Source(checkpoint_name(checkpoint.folder), hashes.result()),
         image=image_facts(checkpoint),
         language=language_facts(checkpoint.config),
         tokens=token_ids(checkpoint),

@@ -29,14 +29,6 @@ def resolve_source(name_or_path: str | Path) -> Path:
     return _fetch(str(name_or_path))
 
 
-def source_name(folder: Path) -> str:
-    """The hub id of a folder in the hub's cache, else the folder's name."""
-    repository = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/", 1)
-    return folder.resolve().name
-
-
 def _fetch(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError

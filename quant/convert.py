@@ -18,29 +18,46 @@ from vl2.errors import VL2Error
 from vl2.json_file import read_json
 from vl2.model.tensors import read_tensor
 from vl2.quant.checkpoint import packed_tensors
-from vl2.quant.gptq_source import GptqCheckpoint
-from vl2.quant.linears import WEIGHT
+from vl2.quant.gptq_source import SCALES, GptqCheckpoint
+from vl2.quant.linears import WEIGHT, matrices
 from vl2.quant.parts import split_parts
-from vl2.quant.publish import publish
+from vl2.quant.plan import stored_bytes
+from vl2.quant.publish import check_place, publish, put_in_place
 from vl2.quant.recipe import Recipe
 from vl2.quant.shard import write_shard, write_text
-from vl2.safetensors_file import read_header
+from vl2.safetensors_file import DTYPE_BYTES, read_header
 
 _JOB_NAME = "job.json"
 Progress = Callable[[str, int, int], None]
 
 
-def convert_checkpoint(source: Path, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+def plan_conversion(source: Path) -> dict[str, Any]:
+    """What `convert_checkpoint` would return, and "size_bytes" of the tensors; reads the codes and writes nothing."""
+    checkpoint = GptqCheckpoint(source)
+    size = 0
+    for name in checkpoint.tensor_names():
+        module = name.removesuffix(WEIGHT)
+        form = checkpoint.forms.get(module) if name.endswith(WEIGHT) else None
+        if form is None:
+            size += checkpoint.entries[name].size_bytes
+        else:
+            scale_bytes = DTYPE_BYTES[checkpoint.entries[module + SCALES].dtype]
+            size += stored_bytes(form, *matrices(checkpoint.config)[module], scale_bytes)
+    return {**_summary(checkpoint, _description(checkpoint)["converted"]), "size_bytes": size}
+
+
+def convert_checkpoint(
+    source: Path, out: Path, progress: Progress | None = None, force: bool = False
+) -> dict[str, Any]:
     """Writes the GPTQ-format folder `source` as a compressed-tensors one to `out`; returns what was converted.
 
     Every dequantized weight is bit for bit the source's; tensors that are not quantized are copied. The result:
     "matrices" (count), "forms" (count by form), "split_groups" and "widened" (modules, see `gptq_source`),
     "zero_biases" (names left out), "format", "made_by". progress(part, done, total) is called after each part. Raises
-    VL2Error on an existing `out`, a partial one of another source, and as `GptqCheckpoint` does.
+    VL2Error on an existing `out` (unless forced), a partial one of another source, and as `GptqCheckpoint` does.
     """
     out = Path(out)
-    if out.exists():
-        raise VL2Error(f"{out} exists", "give another name, or remove it")
+    check_place(out, force)
     checkpoint = GptqCheckpoint(source)
     work = out.with_name(out.name + ".partial")
     _begin(work, checkpoint)
@@ -53,8 +70,7 @@ def convert_checkpoint(source: Path, out: Path, progress: Progress | None = None
             progress(str(part), done, len(parts))
     description = _description(checkpoint)
     publish(checkpoint, work, {shard.name: read_header(shard) for shard in shards}, description)
-    work.replace(out)
-    (out / _JOB_NAME).unlink()
+    put_in_place(work, out, [_JOB_NAME])
     return _summary(checkpoint, description["converted"])
 
 

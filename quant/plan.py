@@ -25,11 +25,12 @@ def planned_sizes(config: ModelConfig, schemes: Mapping[str, Scheme | None], kep
     sizes: dict[str, int] = {}
     for name, shape in expected_tensors(config).items():
         form = form_of(schemes.get(name.removesuffix(WEIGHT))) if name.endswith(WEIGHT) else None
-        size = math.prod(shape) * kept_bytes if form is None else _stored_bytes(form, *shape)
+        size = math.prod(shape) * kept_bytes if form is None else stored_bytes(form, *shape)
         sizes[module_of(name)] = sizes.get(module_of(name), 0) + size
     return dict(sorted(sizes.items()))
 
 
-def _stored_bytes(form: Form, rows: int, columns: int) -> int:
+def stored_bytes(form: Form, rows: int, columns: int, scale_bytes: int = _SCALE_BYTES) -> int:
+    """Bytes of a matrix's packed codes, scales (`scale_bytes` each) and shape."""
     words = rows * packed_columns(columns, form.bits)
-    return words * _WORD_BYTES + rows * form.scale_columns(columns) * _SCALE_BYTES + _SHAPE_BYTES
+    return words * _WORD_BYTES + rows * form.scale_columns(columns) * scale_bytes + _SHAPE_BYTES

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vl2.checkpoint_name import checkpoint_name
+from vl2.errors import VL2Error
 from vl2.file_hashes import HashCache
 from vl2.json_file import read_json, to_json
 from vl2.modules import module_of
@@ -50,6 +52,32 @@ def publish(
     write_text(folder / "README.md", model_card(facts))
 
 
+def check_place(out: Path, force: bool) -> None:
+    """Raises VL2Error unless a quantized checkpoint may be written at `out`."""
+    if out.exists() and not force:
+        raise VL2Error(f"{out} exists", "give another name, or --force to replace it once the new one is whole")
+    if out.is_file() or (out.exists() and any(out.iterdir()) and not (out / DESCRIPTION_NAME).is_file()):
+        raise VL2Error(f"{out} exists and is no quantized checkpoint",
+                       "give another name; it is not replaced even with --force")
+
+
+def put_in_place(work: Path, out: Path, left_over: Iterable[str]) -> None:
+    """Renames the finished `work` to `out`; an older folder there goes last.
+
+    left_over: names in `work` that only an unfinished job needs, removed after the renaming: killed in between, the
+    job could not be resumed without them.
+    """
+    replaced = out.with_name(out.name + ".replaced")
+    if out.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        out.replace(replaced)
+    work.replace(out)
+    for name in left_over:
+        (out / name).unlink()
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
 def _write_index(folder: Path, shards: Mapping[str, Mapping[str, TensorEntry]]) -> None:
     weight_map = {name: shard for shard, header in shards.items() for name in header}
     total = sum(entry.size_bytes for header in shards.values() for entry in header.values())
@@ -63,7 +91,7 @@ def _source_facts(source: Source | GptqCheckpoint) -> dict[str, Any]:
     paths = sorted({entry.path for entry in source.entries.values()} | {source.folder / "config.json"})
     files = {path.name: hashes.sha256_of(path) for path in paths}
     hashes.save()
-    return {"name": source.folder.resolve().name, "files": files}
+    return {"name": checkpoint_name(source.folder), "files": files}
 
 
 def _sizes(shards: Mapping[str, Mapping[str, TensorEntry]]) -> dict[str, int]:

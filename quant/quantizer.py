@@ -23,7 +23,7 @@ from vl2.quant.fold import Stage
 from vl2.quant.linears import HEAD, WEIGHT
 from vl2.quant.method import METHODS, method_named
 from vl2.quant.parts import Part, split_parts
-from vl2.quant.publish import DESCRIPTION_NAME, publish
+from vl2.quant.publish import check_place, publish, put_in_place
 from vl2.quant.quantization_config import form_of
 from vl2.quant.recipe import OuterParts, Recipe, assign_schemes, builtin_recipe, read_recipe
 from vl2.quant.shard import write_shard, write_text
@@ -109,11 +109,11 @@ class Quantizer:
         write_shard(self._shard(part), self._tensors(part, result))
         write_text(self._report_file(part), json.dumps(to_json(result.reports)))
 
-    def finish(self, head_statistics: Path | None = None) -> Path:
+    def finish(self, head_statistics: Path | None = None, coverage: Mapping[str, Any] | None = None) -> Path:
         """Quantizes the parts around the layers, writes index, configuration and card, and renames into place.
 
-        head_statistics: calibration's file with the site `lm_head.input`, if there is one. Raises VL2Error naming the
-        first layer that was not quantized.
+        head_statistics: calibration's file with the site `lm_head.input`, if there is one; coverage: its account of the
+        tokens by expert, for quantization.json. Raises VL2Error naming the first layer that was not quantized.
         """
         for part in self.parts:
             if part.layer is None:
@@ -123,18 +123,9 @@ class Quantizer:
                 raise VL2Error(f"{part} was not quantized", "run the calibration to its end")
         reports = [report for part in self.parts for report in self._read_reports(part)]
         shards = {self._shard(part).name: read_header(self._shard(part)) for part in self.parts}
-        publish(self.source, self._work, shards, self.description(reports))
-        replaced = self.out.with_name(self.out.name + ".replaced")
-        if self.out.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            self.out.replace(replaced)
-        self._work.replace(self.out)
-        # after the renaming: killed in between, the job could not be resumed without them
-        for name in (_JOB_NAME, *(self._report_file(part).name for part in self.parts)):
-            (self.out / name).unlink()
+        publish(self.source, self._work, shards, self.description(reports) | {"coverage": coverage})
+        put_in_place(self._work, self.out, [_JOB_NAME, *(self._report_file(part).name for part in self.parts)])
         shutil.rmtree(self.out / self.stream_dir.name, ignore_errors=True)
-        if replaced.exists():
-            shutil.rmtree(replaced)
         return self.out
 
     def description(self, reports: list[MatrixReport]) -> dict[str, Any]:
@@ -175,13 +166,7 @@ class Quantizer:
         return tensors
 
     def _begin(self) -> None:
-        if self.out.exists() and not self.options.force:
-            raise VL2Error(f"{self.out} exists", "give another name, or --force to replace it")
-        if self.out.is_file() or (
-            self.out.exists() and any(self.out.iterdir()) and not (self.out / DESCRIPTION_NAME).is_file()
-        ):
-            raise VL2Error(f"{self.out} exists and is no quantized checkpoint",
-                           "give another name; it is not replaced even with --force")
+        check_place(self.out, self.options.force)
         job = {
             "source": self.source.fingerprint(), "recipe": to_json(self.recipe), "method": self.options.method,
             "calibration": to_json(self.options.calibration),

@@ -41,7 +41,24 @@ def test_a_gptq_folder_becomes_a_checkpoint_that_exports(capfd, gptq: Path, tmp_
     assert made["scheme"] == "gptq-int4-g64" and made["verify"]["status"] == "passed"
     assert made["quantization"]["calibration"] == {"format": "unknown", "made_by": "gptqmodel:5.7.0"}
     code, _, talk = vl2(capfd, "convert", gptq, "--out", out)
-    assert code == 1 and "exists" in talk
+    assert code == 1 and "exists" in talk and "--force" in talk
+
+
+def test_a_dry_run_tells_the_size_that_comes_out_and_force_replaces_only_checkpoints(capfd, gptq, tmp_path) -> None:
+    out = tmp_path / "out"
+    code, told, _ = vl2(capfd, "convert", gptq, "--dry-run", "--json")
+    assert code == 0 and not out.exists() and not (tmp_path / "out.partial").exists()
+    plan = json.loads(told)
+    out.mkdir()
+    (out / "photo.png").write_bytes(b"photo")
+    code, _, talk = vl2(capfd, "convert", gptq, "--out", out, "--force")
+    assert code == 1 and "no quantized checkpoint" in talk and (out / "photo.png").exists()
+    (out / "photo.png").unlink()
+    for _ in range(2):
+        assert vl2(capfd, "convert", gptq, "--out", out, "--force")[0] == 0
+    sizes = json.loads((out / "quantization.json").read_text())["modules"]
+    assert plan["size_bytes"] == sum(sizes.values()) and plan["scheme"] == "gptq-int4-g64"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gptq", "out"]
 
 
 def test_what_is_no_gptq_folder_is_refused_with_a_hint(capfd, tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from vl2.checkpoint_name import checkpoint_name
 from vl2.errors import VL2Error
 from vl2.export import resolve_source
-from vl2.export.source import source_name
 
 
 def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
-    assert resolve_source(tmp_path) == tmp_path and source_name(tmp_path) == tmp_path.name
+    assert resolve_source(tmp_path) == tmp_path and checkpoint_name(tmp_path) == tmp_path.name
 
 
 def test_a_file_is_refused_with_its_folder(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_a_hub_id_gives_its_snapshot_and_keeps_its_name(tmp_path: Path, monkeypa
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve_source("deepseek-ai/deepseek-vl2-tiny") == snapshot
     assert asked == {"deepseek-ai/deepseek-vl2-tiny": ["*.json", "*.safetensors"]}
-    assert source_name(snapshot) == "deepseek-ai/deepseek-vl2-tiny"
+    assert checkpoint_name(snapshot) == "deepseek-ai/deepseek-vl2-tiny"
 
 
 def test_without_network_the_folder_form_is_named(monkeypatch) -> None:

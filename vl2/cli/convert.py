@@ -11,10 +11,12 @@ from vl2.cli.options import debug_option, json_option
 
 @click.command("convert")
 @click.argument("checkpoint")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write.")
+@click.option("--out", type=click.Path(path_type=Path), help="The folder to write.")
+@click.option("--dry-run", is_flag=True, help="Check the codes and print forms and size; write nothing.")
+@click.option("--force", is_flag=True, help="Replace an existing folder once the new one is whole.")
 @json_option
 @debug_option
-def command(checkpoint: str, out: Path, as_json: bool) -> None:
+def command(checkpoint: str, out: Path | None, dry_run: bool, force: bool, as_json: bool) -> None:
     """Convert CHECKPOINT (a Hugging Face folder or hub id) from GPTQ's format to compressed-tensors.
 
     For DeepSeek-VL2 checkpoints that GPTQModel, AutoGPTQ or AutoRound quantized: 4 or 8 bits, symmetric, no reordered
@@ -24,11 +26,18 @@ def command(checkpoint: str, out: Path, as_json: bool) -> None:
     from vl2.cli.export import workstation_half
     from vl2.cli.progress import WorkProgress
 
+    if out is None and not dry_run:
+        raise click.UsageError("Missing option '--out'.")
     folder = workstation_half().resolve_source(checkpoint)
-    from vl2.quant.convert import convert_checkpoint
+    from vl2.quant.convert import convert_checkpoint, plan_conversion
 
+    if dry_run:
+        plan = {"folder": str(folder), **plan_conversion(folder)}
+        _tell(plan)
+        click.echo(json.dumps(plan, indent=2) if as_json else _sentence(plan))
+        return
     with explained_disk_errors(out), WorkProgress() as progress:
-        made = convert_checkpoint(folder, out, lambda part, done, total: progress.tell(part, done / total))
+        made = convert_checkpoint(folder, out, lambda part, done, total: progress.tell(part, done / total), force)
     _tell(made)
     summary = {"folder": str(out), **made, "size_bytes": sum(path.stat().st_size for path in out.glob("*.safetensors"))}
     click.echo(json.dumps(summary, indent=2) if as_json else _sentence(summary))
