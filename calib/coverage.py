@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vl2.calib.statistics import IMAGE, TEXT
 from vl2.errors import VL2Error
-from vl2.json_file import read_json
+from vl2.json_file import read_json, to_json
 
 MODALITIES = {"all": slice(None), "text": slice(TEXT, TEXT + 1), "image": slice(IMAGE, IMAGE + 1)}
 
@@ -62,6 +63,18 @@ def summarise(coverage: Coverage) -> list[LayerCoverage]:
             rows.append(LayerCoverage(l, modality, int(tokens.min()), float(tokens.double().quantile(0.5)),
                                       int(tokens.max()), int((tokens == 0).sum()), len(tokens)))
     return rows
+
+
+def coverage_facts(coverage: Coverage) -> dict[str, Any]:
+    """For quantization.json: `layers`, the rows of `summarise`; `without_tokens`, layer → modality → the experts that
+    no such token reached, where there are any."""
+    without: dict[str, dict[str, list[int]]] = {}
+    for l, counts in coverage.counts.items():
+        for modality, columns in MODALITIES.items():
+            experts = (counts[:, columns].sum(dim=1) == 0).nonzero()[:, 0].tolist()
+            if experts:
+                without.setdefault(str(l), {})[modality] = experts
+    return {"layers": [to_json(row) for row in summarise(coverage)], "without_tokens": without}
 
 
 def format_table(coverage: Coverage) -> str:

@@ -13,7 +13,7 @@ from vl2.modules import module_of
 from vl2.quantization import DESCRIPTION_NAME, WEIGHT
 
 # Of quantization.json; what each matrix lost and the source's hashes stay there.
-_COPIED = ("recipe", "method", "calibration", "leaning_experts")
+_COPIED = ("recipe", "method", "calibration", "leaning_experts", "coverage", "budget")
 # How matrices that the recipe kept are stored, and those of unquantized checkpoints unless told.
 UNPACKED_SCHEME = "fp16"
 

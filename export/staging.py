@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vl2.errors import VL2Error
+from vl2.folder_lock import locked_folder
 from vl2.manifest import MANIFEST_NAME
 
 STATE_NAME = "export-state.json"
@@ -121,7 +122,7 @@ def open_staging(out: Path) -> Iterator[Staging]:
     staging = Staging(out)
     try:
         staging.folder.mkdir(exist_ok=True)
-        with _locked(staging.folder):
+        with locked_folder(staging.folder, "export"):
             yield staging
     except OSError as error:
         if error.errno in _FULL:
@@ -135,25 +136,6 @@ def open_staging(out: Path) -> Iterator[Staging]:
         if error.errno in _FORBIDDEN:
             raise VL2Error(f"{out.parent} cannot be written: {error.strerror}", "give another --out") from error
         raise
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    try:
-        import fcntl
-    except ModuleNotFoundError as error:
-        raise VL2Error("exporting needs file locks of Linux or macOS", "on Windows, export inside WSL") from error
-    # A lock on the folder leaves no file behind, and the system drops it when the process dies.
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise VL2Error(f"another export writes to {folder}", "wait for it, or give another --out") from error
-    try:
-        yield
-    finally:
-        os.close(handle)
 
 
 def _sync_folder(folder: Path) -> None:

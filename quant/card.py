@@ -42,6 +42,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         text += "\nMatrices whose inputs the scheme's group does not divide took a smaller one:\n\n"
         text += _table(("modules", "matrices", "group"), fallbacks)
     text += _leaning(facts["leaning_experts"])
+    text += _coverage(facts.get("coverage"))
     text += "\n## Source files\n\n"
     text += _table(("file", "sha256"), ((name, f"`{digest}`") for name, digest in facts["source"]["files"].items()))
     return text
@@ -71,6 +72,16 @@ def _leaning(leaning: Mapping[str, list[int]]) -> str:
     rows = ((layer, ", ".join(map(str, experts))) for layer, experts in leaning.items())
     return ("\nExperts that fewer tokens than inputs reached, fitted mostly by their layer's Hessian:\n\n"
             + _table(("layer", "experts"), rows))
+
+
+def _coverage(coverage: Mapping[str, Any] | None) -> str:
+    """How many calibration tokens reached the experts, by modality."""
+    if coverage is None:
+        return ""
+    columns = ("layer", "tokens", "min", "median", "max", "experts with none")
+    rows = ((str(row["layer"]), row["modality"], str(row["fewest"]), f"{row['median']:g}", str(row["most"]),
+             f"{row['experts_without']} of {row['experts']}") for row in coverage["layers"])
+    return "\nCalibration tokens that an expert got:\n\n" + _table(columns, rows)
 
 
 def _module_rows(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -94,6 +94,9 @@ def test_quantizing_with_and_without_calibration_says_what_was_made(vl2, calibra
     facts = json.loads(told)
     assert (facts["scheme"], facts["method"]) == ("int4", "awq+gptq") and facts["calibration"]["synthetic"] is True
     assert facts["size_bytes"] == sum(read_json(tmp_path / "q" / "quantization.json")["modules"].values())
+    assert "text tokens an expert: at least" in talk and "image tokens an expert: at least" in talk
+    assert len(facts["coverage"]["layers"]) == 9 and "Calibration tokens that an expert got" in (
+        tmp_path / "q" / "README.md").read_text()
     code, told, talk = vl2("quantize", TINY, "--scheme", "int8", "--out", tmp_path / "plain")
     assert code == 0 and "int8 by search" in told, talk
     code, _, talk = vl2("quantize", TINY, "--scheme", "int8", "--method", "gptq", "--out", tmp_path / "no")
@@ -125,6 +128,33 @@ def test_options_without_meaning_are_wrong_usage(vl2, tmp_path: Path, options: t
     assert code == 2 and "Usage" in talk
 
 
+LOCKED = """
+import sys, time
+from pathlib import Path
+from vl2.folder_lock import locked_folder
+with locked_folder(Path(sys.argv[1]), "quantized export"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_work_folder_belongs_to_one_process_until_that_ends_in_any_way(vl2, tmp_path: Path) -> None:
+    work = tmp_path / "b.work"
+    work.mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", LOCKED, str(work)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        asked = ["export", TINY, "--scheme", "int8", "--no-calib", "--method", "rtn", "--no-verify",
+                 "--out", tmp_path / "b"]
+        code, _, talk = vl2(*asked)
+        assert code == 1 and "another quantized export writes to" in talk and str(work) in talk
+        assert list(work.iterdir()) == [], "nothing was begun"
+    finally:
+        holder.kill()
+        holder.wait()
+    assert vl2(*asked)[0] == 0
+
+
 KILLED = """
 import os, signal, sys
 from vl2.cli import main
@@ -152,7 +182,14 @@ def test_one_command_makes_a_bundle_and_goes_on_after_it_was_killed(vl2, tmp_pat
     assert code == 0 and "going on" in talk and not work.exists(), talk
     facts = json.loads(told)
     assert facts["scheme"] == "int4" and facts["quantization"]["calibration"]["synthetic"] is True
-    assert read_json(out / "manifest.json")["quantization"]["method"] == "awq+gptq"
+    manifest = read_json(out / "manifest.json")
+    assert manifest["quantization"]["method"] == "awq+gptq"
+    assert manifest["source"]["name"] == "tiny-mini" and manifest["source"]["files"].keys() == {
+        "config.json", *(path.name for path in TINY.glob("*.safetensors"))}, "the user's, not the work folder's"
+    rows = manifest["quantization"]["coverage"]["layers"]
+    assert {(row["layer"], row["modality"]) for row in rows} == {
+        (l, modality) for l in (1, 2, 3) for modality in ("all", "text", "image")}
+    assert "image tokens an expert: at least" in talk
     code, _, talk = vl2(*asked)
     assert code == 1 and "exists" in talk, "before hours of calibration"
     shutil.rmtree(out)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -78,13 +79,16 @@ def quantize_calibrated(job: CalibratedJob, progress: Progress | None = None) ->
     same bytes. Raises VL2Error as `stream_layers` and `Quantizer` do.
     """
     from vl2.calib.calibration_set import read_calibration_set
+    from vl2.calib.coverage import coverage_facts, read_coverage
     from vl2.calib.stream import stream_layers
     from vl2.quant.quantizer import Quantizer
 
     facts = calibration_facts(read_calibration_set(job.calibration), job.stream)
     quantizer = Quantizer(job.checkpoint, job.out, replace(job.quantize, calibration=facts), progress)
     made = stream_layers(job.checkpoint, job.calibration, quantizer.stream_dir, quantizer.quantize_layer, job.stream)
-    return quantizer.finish(made.head_statistics)
+    counted = next(quantizer.stream_dir.glob("counts_*.json"), None) is not None
+    coverage = coverage_facts(read_coverage(quantizer.stream_dir)) if counted else None
+    return quantizer.finish(made.head_statistics, coverage)
 
 
 def calibration_facts(found: CalibrationSet, stream: StreamOptions) -> dict[str, Any]:
@@ -108,6 +112,19 @@ def tell_of_data(data: CalibrationData) -> None:
         click.echo(f"bad row left out: {row}", err=True)
     for what in data.ignored:
         click.echo(f"not used: {what}", err=True)
+
+
+def tell_of_coverage(coverage: Mapping[str, Any] | None) -> None:
+    """On stderr, by modality: tokens that an expert got, and how many got none; coverage: quantization.json's."""
+    rows = (coverage or {}).get("layers", [])
+    for modality in ("text", "image"):
+        of_it = [row for row in rows if row["modality"] == modality]
+        without, experts = (sum(row[key] for row in of_it) for key in ("experts_without", "experts"))
+        if experts:
+            starved = max(of_it, key=lambda row: row["experts_without"])
+            click.echo(f"{modality} tokens an expert: at least {min(row['fewest'] for row in of_it)}, median "
+                       f"{median(row['median'] for row in of_it):g}; none in {without} of {experts}"
+                       + (f", most in layer {starved['layer']}" if without else ""), err=True)
 
 
 def check_job(checkpoint: Path, options: QuantizeOptions, extent: Extent, max_ram_bytes: int | None) -> None:

@@ -42,7 +42,7 @@ def command(checkpoint: str, scheme: str, calib: Path | None, out: Path | None, 
     """
     from dataclasses import replace
 
-    from vl2.cli.calibrated import check_job, explained_disk_errors, quantize_as_asked
+    from vl2.cli.calibrated import check_job, explained_disk_errors, quantize_as_asked, tell_of_coverage
     from vl2.cli.export import workstation_half
     from vl2.cli.plans import Extent, extent_of_set, plan_quantization
 
@@ -62,6 +62,7 @@ def command(checkpoint: str, scheme: str, calib: Path | None, out: Path | None, 
     with explained_disk_errors(out):
         quantize_as_asked(folder, calib, out, (options, max_ram))
     summary = summarise(out)
+    tell_of_coverage(summary["coverage"])
     if options.target is not None:
         summary["left_unquantized"] = left_unquantized(out)
         _tell_of_vllm(summary["left_unquantized"])
@@ -79,7 +80,7 @@ def summarise(folder: Path) -> dict[str, Any]:
     return {"folder": str(folder), "scheme": facts["recipe"]["name"], "method": facts["method"],
             "size_bytes": sum(facts["modules"].values()), "matrices": len(facts["matrices"]),
             "worst_matrix": worst["module"], "worst_sqnr_db": signal_to_noise_db(worst["relative_error"]),
-            "leaning_experts": leaning, "calibration": facts["calibration"]}
+            "leaning_experts": leaning, "coverage": facts.get("coverage"), "calibration": facts["calibration"]}
 
 
 def left_unquantized(folder: Path) -> dict[str, int]:

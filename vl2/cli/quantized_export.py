@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +25,17 @@ from vl2.cli.calibrated import (
     make_calibration_set,
     quantize_as_asked,
     read_calibration_data,
+    tell_of_coverage,
     tell_of_data,
 )
 from vl2.cli.plans import Extent, QuantizationPlan, extent_of_data, extent_of_set, plan_quantization
 from vl2.errors import VL2Error
-from vl2.json_file import read_json, to_json
+from vl2.folder_lock import locked_folder
+from vl2.json_file import from_json, read_json, to_json
 
 if TYPE_CHECKING:
     from vl2.calib.data import CalibrationData, DataOptions
-    from vl2.manifest import Manifest
+    from vl2.manifest import Manifest, Source
     from vl2.quant.quantizer import QuantizeOptions
 
 _JOB_NAME = "job.json"
@@ -79,10 +81,9 @@ def plan_quantized(job: QuantizedExport) -> QuantizationPlan:
 def export_quantized(job: QuantizedExport, out: Path, export_options: Any) -> Manifest:
     """Makes the bundle; export_options: as `export_checkpoint` takes them, without a scheme.
 
-    Raises VL2Error on an existing bundle before any work, and on a work folder of another job.
+    Raises VL2Error on an existing bundle before any work, on a work folder of another job, and while another process
+    works there.
     """
-    from vl2.cli.progress import ByteProgress
-    from vl2.export import export_checkpoint
     from vl2.export.staging import check_place
 
     out = out.absolute()
@@ -90,7 +91,22 @@ def export_quantized(job: QuantizedExport, out: Path, export_options: Any) -> Ma
     extent, data = _extent(job)
     check_job(job.source, job.options, extent, job.max_ram_bytes)
     work = out.with_name(f"{out.name}.work")
-    _begin(work, job.identity())
+    with explained_disk_errors(work):
+        work.mkdir(exist_ok=True)
+    with locked_folder(work, "quantized export"):
+        _begin(work, job.identity())
+        manifest = _make(job, data, (work, out), export_options)
+        shutil.rmtree(work)
+    return manifest
+
+
+def _make(job: QuantizedExport, data: CalibrationData | None, places: tuple[Path, Path], export_options: Any
+          ) -> Manifest:
+    """places: the work folder and the bundle's."""
+    from vl2.cli.progress import ByteProgress
+    from vl2.export import export_checkpoint
+
+    work, out = places
     quantized = work / f"{job.source.resolve().name}-{Path(job.options.recipe).stem}"
     with explained_disk_errors(work):
         if not quantized.exists():
@@ -99,9 +115,16 @@ def export_quantized(job: QuantizedExport, out: Path, export_options: Any) -> Ma
             quantize_as_asked(job.source, calibration, quantized, (job.options, job.max_ram_bytes))
         click.echo("exporting" if not export_options.verify else "exporting and verifying", err=True)
         with ByteProgress() as progress:
-            manifest = export_checkpoint(quantized, out, export_options, progress)
-    shutil.rmtree(work)
-    return manifest
+            tell_of_coverage(read_json(quantized / "quantization.json").get("coverage"))
+            return export_checkpoint(quantized, out, replace(export_options, source=_user_source(quantized)), progress)
+
+
+def _user_source(quantized: Path) -> Source:
+    """The checkpoint that the user named, with its files' hashes; the quantized one is removed afterwards."""
+    from vl2.manifest import Source
+
+    path = quantized / "quantization.json"
+    return from_json(Source, read_json(path)["source"], f"{path}: source")
 
 
 def _extent(job: QuantizedExport) -> tuple[Extent, CalibrationData | None]:
@@ -130,8 +153,7 @@ def _calibrate(job: QuantizedExport, data: CalibrationData | None, out: Path) ->
 
 def _begin(work: Path, identity: dict[str, Any]) -> None:
     path = work / _JOB_NAME
-    if not work.exists() or not any(work.iterdir()):
-        work.mkdir(parents=True, exist_ok=True)
+    if not any(work.iterdir()):
         path.write_text(json.dumps(identity, indent=1), encoding="utf-8")
     elif not path.exists() or read_json(path) != identity:
         raise VL2Error(f"{work} was begun from another checkpoint, data or options",
