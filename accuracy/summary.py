@@ -60,16 +60,27 @@ def logit_figures(positions: Positions, kind: int) -> dict[str, Any] | None:
     chosen = positions.kind == kind
     if not chosen.any():
         return None
-    clusters, kld = positions.cluster[chosen], positions.kld[chosen]
-    log_p, log_q = positions.log_p[chosen], positions.log_q[chosen]
-    delta, ratio = np.exp(log_q) - np.exp(log_p), mean_with_error(log_p - log_q, clusters)
-    agreement = mean_with_error(100.0 * positions.same_top1[chosen], clusters)
+    clusters = positions.cluster[chosen]
+    found = divergence_figures(positions.kld[chosen], positions.same_top1[chosen], clusters)
+    found["kld"]["mean_at_most"] = float(positions.kld_most[chosen].mean())
+    return found | probability_figures(positions.log_p[chosen], positions.log_q[chosen], clusters)
+
+
+def divergence_figures(kld: np.ndarray, same_top1: np.ndarray, clusters: np.ndarray) -> dict[str, Any]:
+    """Of positions [n], at least one: KLD in nats, bool whether both models choose the same token, int image."""
     return {
-        "positions": int(chosen.sum()), "images": len(np.unique(clusters)),
-        "kld": {**asdict(mean_with_error(kld, clusters)), "mean_at_most": float(positions.kld_most[chosen].mean()),
+        "positions": len(kld), "images": len(np.unique(clusters)),
+        "kld": {**asdict(mean_with_error(kld, clusters)),
                 **{name: float(np.percentile(kld, share)) for name, share in _PERCENTILES.items()},
                 "max": float(kld.max())},
-        "same_top1_percent": asdict(agreement),
+        "same_top1_percent": asdict(mean_with_error(100.0 * same_top1, clusters)),
+    }
+
+
+def probability_figures(log_p: np.ndarray, log_q: np.ndarray, clusters: np.ndarray) -> dict[str, Any]:
+    """What happened to the tokens that followed: log_p, log_q: [n], their log-probabilities in both models."""
+    delta, ratio = np.exp(log_q) - np.exp(log_p), mean_with_error(log_p - log_q, clusters)
+    return {
         "rms_delta_p_percent": 100.0 * math.sqrt(float((delta ** 2).mean())),
         "mean_delta_p_percent": 100.0 * float(delta.mean()),
         "perplexity": {"reference": math.exp(-float(log_p.mean())), "candidate": math.exp(-float(log_q.mean())),

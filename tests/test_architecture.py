@@ -10,12 +10,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"vl2": "vl2", "model": "vl2.model", "calib": "vl2.calib", "quant": "vl2.quant",
            "plugins": "vl2.plugins", "export": "vl2.export", "runtime": "vl2.runtime", "nano": "vl2.nano",
-           "accuracy": "vl2.accuracy"}
+           "accuracy": "vl2.accuracy", "layerwise": "vl2.layerwise"}
 # What each part may import besides itself and the contract `vl2`.
 ARROWS = {
     "vl2": set(), "model": set(), "calib": {"model", "nano"}, "quant": {"model"}, "plugins": {"model"},
     "export": {"model", "plugins"}, "runtime": set(), "nano": {"model", "runtime"}, "accuracy": {"runtime"},
-    "cli": {"model", "calib", "quant", "plugins", "export", "runtime", "nano", "accuracy"},
+    "layerwise": {"model", "calib", "quant", "accuracy"},
+    "cli": {"model", "calib", "quant", "plugins", "export", "runtime", "nano", "accuracy", "layerwise"},
 }
 DEVICE_HALF = {"vl2", "runtime", "accuracy", "cli"}
 HEAVY = {"torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "huggingface_hub"}

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"vl2": "vl2", "model": "vl2/model", "calib": "vl2/calib", "quant": "vl2/quant", "plugins": "vl2/plugins",
-            "export": "vl2/export", "runtime": "vl2/runtime", "nano": "vl2/nano", "accuracy": "vl2/accuracy"}
+            "export": "vl2/export", "runtime": "vl2/runtime", "nano": "vl2/nano", "accuracy": "vl2/accuracy",
+            "layerwise": "vl2/layerwise"}
 
 
 def run(*command: object, **options) -> subprocess.CompletedProcess:

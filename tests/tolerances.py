@@ -38,6 +38,11 @@ SAME_LOGITS = Bound(5e-5, 1e-5)
 # (measured); a token close to a router's threshold may take another expert, which costs up to 6e-3.
 HALF_PRECISION_COSINE = 0.99
 
+# Errors of a quantized layer, streamed against whole models: noise of 1e-4 of the signal (INT8) is a difference of
+# float32 numbers that were summed in another order, whose rounding of 1e-6 moves it by 1e-3 at most.
+LAYER_ERROR = 3e-3
+LAYER_COSINE = 1e-6
+
 
 def max_difference(got: object, want: object) -> float:
     """The largest |got − want|, for messages and for the figures of docs/results.md."""

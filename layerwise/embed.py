@@ -1,0 +1,96 @@
+"""Conversations into both models: tiles encoded, tokens looked up, merged; and what each position is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vl2.calib.weights import read_rows
+from vl2.layerwise.checkpoints import Pair, StoredWeights
+from vl2.layerwise.ledger import Ledger
+from vl2.layerwise.parts import States, compare_tensors
+from vl2.layerwise.sums import WeightSums
+from vl2.layerwise.tower import encode_both
+from vl2.layerwise.unfold import Unfolded
+from vl2.model.merge import ImageEnds, assemble_image, place_images
+from vl2.prompt import Prompt
+
+EMBEDDINGS = "embeddings"
+_ENDS = ("image_newline", "view_seperator")
+_TABLE = "language.embed_tokens.weight"
+_ROWS_AT_ONCE = 8192  # of a token table: 42 MB of the published Tiny's
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Of all sequences, one after another: modality uint8 (0 text, 1 image); following: int64, the token that comes
+    next if it is part of an answer, else −1."""
+
+    modality: Tensor
+    following: Tensor
+
+
+def positions_of(prompts: Sequence[Prompt], ignore_id: int) -> Positions:
+    """What each position of the prompts is."""
+    modality = np.concatenate([prompt.images_seq_mask for prompt in prompts]).astype(np.uint8)
+    following = np.concatenate([np.append(prompt.target_ids[1:], ignore_id) for prompt in prompts])
+    return Positions(torch.from_numpy(modality), torch.from_numpy(np.where(following == ignore_id, -1, following)))
+
+
+def embed_both(pair: Pair, prompts: Sequence[Prompt], ledger: Ledger, advance: Callable[[], None]) -> States:
+    """Both models' [tokens, H] that enter the first layer, sequence after sequence."""
+    tiles = torch.cat([torch.from_numpy(prompt.tiles) for prompt in prompts])
+    features = encode_both(pair, tiles, ledger, advance) if len(tiles) else None
+    modality = positions_of(prompts, -1).modality
+    reference = _merged(pair.reference, prompts, None if features is None else features.reference)
+    quantized = _merged(pair.quantized, prompts, None if features is None else features.quantized)
+    if torch.equal(reference, quantized):
+        quantized = reference
+    ledger.sums("stream", EMBEDDINGS).add(reference, quantized - reference, modality)
+    return States(reference, quantized, modality)
+
+
+def compare_tables(pair: Pair, ledger: Ledger) -> None:
+    """The token table, in pieces, and the vectors between an image's rows and views."""
+    ends = [{name: weights.parameter(name) for name in _ENDS} for weights in (pair.reference, pair.quantized)]
+    compare_tensors(pair, ends[0], Unfolded(ends[1]), ledger)
+    (name,) = pair.reference.sources[_TABLE]
+    sums, same = WeightSums(), pair.quantized.form_of(name) is None
+    rows = pair.config.language_config.vocab_size
+    for start in range(0, rows, _ROWS_AT_ONCE):
+        length = min(_ROWS_AT_ONCE, rows - start)
+        mine, theirs = (weights.rows(name, start, length) for weights in (pair.reference, pair.quantized))
+        sums.add(mine, theirs)
+        same = same and torch.equal(mine, theirs)
+    if same:
+        ledger.unchanged.add(name)
+    else:
+        ledger.weights[name] = sums.figure()
+
+
+def _merged(weights: StoredWeights, prompts: Sequence[Prompt], features: Tensor | None) -> Tensor:
+    ends = ImageEnds(*(weights.parameter(name) for name in _ENDS), weights.config.global_view_pos)
+    counts = [len(prompt.tiles) for prompt in prompts]
+    parts = features.split(counts) if features is not None else [None] * len(prompts)
+    return torch.cat([_merge(weights, *pair, ends) for pair in zip(prompts, parts, strict=True)])
+
+
+def _merge(weights: StoredWeights, prompt: Prompt, features: Tensor | None, ends: ImageEnds) -> Tensor:
+    """As `DeepseekVL2.embed` for one prompt: [T, H]."""
+    ids, inverse = torch.unique(torch.from_numpy(prompt.input_ids), return_inverse=True)
+    embeds = _looked_up(weights, ids.tolist())[inverse]
+    crops = [(int(width), int(height)) for width, height in prompt.crops]
+    tiles = features.split([1 + width * height for width, height in crops]) if crops else ()
+    images = [assemble_image(part, crop, ends) for part, crop in zip(tiles, crops, strict=True)]
+    return place_images(embeds[None], torch.from_numpy(prompt.images_seq_mask)[None], images)[0]
+
+
+def _looked_up(weights: StoredWeights, ids: Sequence[int]) -> Tensor:
+    (name,) = weights.sources[_TABLE]
+    if weights.form_of(name) is None:
+        return read_rows(weights, _TABLE, ids)
+    return torch.cat([weights.rows(name, token, 1) for token in ids])
