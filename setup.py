@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-NAME = "vl2.runtime.libvl2_ops"
+NAME = "vl2.libvl2_ops"
 SOURCES = sorted(path.as_posix() for path in Path("plugins").glob("*/*.cc"))
 HEADERS = sorted(path.as_posix() for path in Path("plugins").glob("*/*.h"))
 SUPPORTED = platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64")

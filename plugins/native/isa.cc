@@ -69,7 +69,7 @@ Isa choose_isa() {
 
 extern "C" {
 
-// For vl2.runtime.native: the ISA that sessions will use, "" where VL2_CPU_ISA asks for one that is not here.
+// For vl2.operators: the ISA that sessions will use, "" where VL2_CPU_ISA asks for one that is not here.
 __attribute__((visibility("default"))) const char* vl2_isa() {
   try {
     return vl2::name_of(vl2::choose_isa());
