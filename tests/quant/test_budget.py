@@ -1,0 +1,69 @@
+"""The knapsack of bits against brute force, and what its groups and recipes must be."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vl2.errors import VL2Error
+from vl2.quant.budget import Item, Option, allocate, hull
+
+OPTION = st.tuples(st.integers(1, 60), st.floats(0, 4, allow_nan=False))
+ITEMS = st.lists(st.lists(OPTION, min_size=1, max_size=4), min_size=1, max_size=5).map(
+    lambda found: [Item(f"g{i}", tuple(Option(str(j), *pair) for j, pair in enumerate(options)))
+                   for i, options in enumerate(found)])
+
+
+def smallest(items: list[Item]) -> int:
+    return sum(min(option.size_bytes for option in item.options) for item in items)
+
+
+def largest(items: list[Item]) -> int:
+    return sum(max(option.size_bytes for option in item.options) for item in items)
+
+
+def optimum(items: list[Item], budget: int) -> float:
+    fitting = (found for found in product(*(item.options for item in items))
+               if sum(option.size_bytes for option in found) <= budget)
+    return min(sum(option.kld for option in found) for found in fitting)
+
+
+@given(ITEMS, st.floats(0, 1))
+def test_the_allocation_fits_and_is_the_optimum_up_to_one_demotion(items: list[Item], share: float) -> None:
+    budget = smallest(items) + int(share * (largest(items) - smallest(items)))
+    found, best = allocate(items, budget), optimum(items, budget)
+    assert found.size_bytes == sum(option.size_bytes for option in found.chosen.values()) <= budget
+    assert found.chosen.keys() == {item.name for item in items}
+    assert best - 1e-9 <= found.kld <= best + found.gap + 1e-9
+
+
+@given(ITEMS, st.integers(0, 200), st.integers(0, 200))
+def test_a_larger_budget_never_predicts_a_larger_loss(items: list[Item], less: int, more: int) -> None:
+    budget = smallest(items) + less
+    assert allocate(items, budget + more).kld <= allocate(items, budget).kld + 1e-12
+
+
+@given(ITEMS)
+def test_what_everything_fits_into_takes_the_best_of_each(items: list[Item]) -> None:
+    found = allocate(items, largest(items))
+    assert found.kld == pytest.approx(sum(min(option.kld for option in item.options) for item in items))
+    assert found.gap == 0
+
+
+@given(ITEMS)
+def test_the_loss_a_byte_rises_along_a_hull(items: list[Item]) -> None:
+    for item in items:
+        found = hull(item)
+        assert found[-1].size_bytes == min(option.size_bytes for option in item.options)
+        slopes = [(b.kld - a.kld) / (a.size_bytes - b.size_bytes) for a, b in zip(found, found[1:], strict=False)]
+        assert all(first <= second + 1e-9 for first, second in zip(slopes, slopes[1:], strict=False))
+
+
+def test_an_impossible_budget_names_the_smallest_size() -> None:
+    items = [Item("experts", (Option("int8", 2_000_000, 0.1), Option("int4", 1_000_000, 0.2)))]
+    with pytest.raises(VL2Error, match=r"1\.000 MB \(1000000 bytes\)") as caught:
+        allocate(items, 999_999)
+    assert "at least 1.000 MB" in caught.value.hint
