@@ -1,0 +1,76 @@
+// Matrix products with weights in the layout of layout.py: one table of functions an instruction set.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "native/isa.h"
+
+namespace vl2 {
+
+enum class Scheme { int4, int8, fp16, bf16 };
+
+constexpr size_t PANEL_ROWS = 16;
+// K is filled to a multiple of this; activations are rounded to INT8 in as many.
+constexpr size_t CHUNK = 32;
+
+// A matrix [rows, columns] as it lies; layout.py describes the bytes.
+struct Matrix {
+  const uint8_t* data;
+  Scheme scheme;
+  bool wide_scales;  // float32 instead of float16
+  size_t rows, columns, padded_columns, panels;
+  size_t groups, group_columns;  // the last group goes on to padded_columns
+  size_t scale_bytes, panel_bytes;
+
+  const uint8_t* panel(size_t index) const { return data + index * panel_bytes; }
+};
+
+// Rows rounded to INT8: x ≈ scales · codes, a scale a chunk. Offsets are −8 and −128 times a chunk's sum of codes: what
+// makes a product with unsigned weight codes one with signed ones. A chunk with NaN or infinity has the scale NaN.
+struct Activations {
+  int8_t* codes;      // [rows, columns]
+  float* scales;      // [rows, chunks]
+  int32_t* offset4;   // [rows, chunks]
+  int32_t* offset8;   // [rows, chunks]
+  size_t columns;     // filled to a multiple of CHUNK
+  size_t chunks;
+};
+
+// Where a product goes: panel p's 16 columns at data + 16 · (p − first panel), a row every `stride` floats.
+struct Output {
+  float* data;
+  size_t stride;
+};
+
+struct Panels {
+  size_t first, count;
+};
+
+// A number as a type: how generic lambdas get constants.
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+struct Kernels {
+  Isa isa;
+  // Schemes, as bits 1 << scheme, that `fast` takes where scales cover multiples of CHUNK columns.
+  unsigned fast_schemes;
+  // out = x · Wᵀ with float32 activations; x: [rows, padded_columns], zero behind `columns`, a row every `stride`.
+  void (*exact)(const Matrix&, Panels, const float* x, size_t stride, size_t rows, Output);
+  // The same with rounded activations, beginning at their row `first_row`.
+  void (*fast)(const Matrix&, Panels, const Activations&, size_t first_row, size_t rows, Output);
+  // Rounds a row of `columns` floats into row `row`.
+  void (*quantize)(const float* x, size_t columns, const Activations&, size_t row);
+  // out[i] = silu(gate[i]) · up[i] for panels of 16 gates, 16 ups; pairs: [rows, 32 · pairs], a row every `stride`.
+  void (*swiglu)(const float* pairs, size_t stride, size_t rows, size_t pair_count, Output);
+  // y += weight · x over `count` floats, a multiple of 16.
+  void (*accumulate)(float* y, const float* x, float weight, size_t count);
+};
+
+// Rows that a call of `exact` or `fast` should get at once: their activations stay in the second-level cache.
+constexpr size_t ROW_BLOCK = 96;
+
+const Kernels& kernels_for(Isa isa);
+
+}  // namespace vl2

@@ -1,0 +1,23 @@
+#include "native/kernels.h"
+#include "native/target.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+VL2_TARGET_AVX512
+
+namespace vl2 {
+namespace {
+#define VL2_VNNI 0
+#include "native/simd_avx512.h"
+#include "native/matmul.h"
+#include "native/elementwise.h"
+}  // namespace
+
+extern const Kernels kernels_avx512;
+const Kernels kernels_avx512{Isa::avx512, FAST_SCHEMES, exact, fast, quantize, swiglu, accumulate};
+
+}  // namespace vl2
+
+VL2_TARGET_END
+#endif

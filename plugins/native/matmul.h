@@ -1,0 +1,202 @@
+// The products of kernels.h, written once over the names of simd_*.h and compiled for each instruction set.
+
+// Columns that are widened to floats at once: 32 kB for two panels, which the first-level cache holds.
+constexpr size_t EXPAND_COLUMNS = 256;
+constexpr size_t PREFETCH_BYTES = 1536;
+
+constexpr size_t bytes_of_eight(Scheme scheme) {
+  return scheme == Scheme::int4 ? 64 : scheme == Scheme::int8 ? 128 : 256;
+}
+constexpr bool quantized(Scheme scheme) { return scheme == Scheme::int4 || scheme == Scheme::int8; }
+
+// Eight columns of a panel as floats, codes without their scale.
+template <Scheme S>
+inline void eight(const uint8_t* p, Floats (&w)[8]) {
+  if constexpr (S == Scheme::int4) {
+    const Codes codes = load_codes(p);
+    w[0] = int4_at<0>(codes), w[1] = int4_at<1>(codes), w[2] = int4_at<2>(codes), w[3] = int4_at<3>(codes);
+    w[4] = int4_at<4>(codes), w[5] = int4_at<5>(codes), w[6] = int4_at<6>(codes), w[7] = int4_at<7>(codes);
+  } else if constexpr (S == Scheme::int8) {
+    const Codes first = load_codes(p), second = load_codes(p + 64);
+    w[0] = int8_at<0>(first), w[1] = int8_at<1>(first), w[2] = int8_at<2>(first), w[3] = int8_at<3>(first);
+    w[4] = int8_at<0>(second), w[5] = int8_at<1>(second), w[6] = int8_at<2>(second), w[7] = int8_at<3>(second);
+  } else {
+    for (int i = 0; i < 8; ++i) w[i] = S == Scheme::fp16 ? load_halves(p + 32 * i) : load_bfloats(p + 32 * i);
+  }
+}
+
+inline Floats scale_of(const Matrix& m, size_t panel, size_t group) {
+  const uint8_t* scales = m.panel(panel);
+  if (m.wide_scales) return load(reinterpret_cast<const float*>(scales) + group * PANEL_ROWS);
+  return load_halves(scales + group * PANEL_ROWS * 2);
+}
+
+inline size_t end_of_group(const Matrix& m, size_t group) {
+  return group + 1 >= m.groups ? m.padded_columns : (group + 1) * m.group_columns;
+}
+
+// One panel times one row.
+template <Scheme S>
+inline Floats panel_times_row(const Matrix& m, size_t panel, const float* x) {
+  const uint8_t* codes = m.panel(panel) + m.scale_bytes;
+  Floats total = zero();
+  size_t k = 0;
+  for (size_t group = 0; k < m.padded_columns; ++group) {
+    // four sums hide the latency of the additions
+    Floats sums[4] = {zero(), zero(), zero(), zero()};
+    for (const size_t end = end_of_group(m, group); k < end; k += 8, codes += bytes_of_eight(S)) {
+      for (size_t line = 0; line < bytes_of_eight(S); line += 64) __builtin_prefetch(codes + PREFETCH_BYTES + line);
+      Floats w[8];
+      eight<S>(codes, w);
+      for (int i = 0; i < 8; ++i) sums[i % 4] = fma(broadcast(x[k + i]), w[i], sums[i % 4]);
+    }
+    const Floats sum = add(add(sums[0], sums[1]), add(sums[2], sums[3]));
+    if constexpr (quantized(S)) total = fma(sum, scale_of(m, panel, group), total);
+    else total = sum;
+  }
+  return total;
+}
+
+// Columns k … end of a panel as floats, 16 a column, a column every `width` floats.
+template <Scheme S>
+inline void expand(const Matrix& m, size_t panel, size_t k, size_t end, float* out, size_t width) {
+  const uint8_t* codes = m.panel(panel) + m.scale_bytes + k / 8 * bytes_of_eight(S);
+  size_t group = quantized(S) && m.groups > 1 ? k / m.group_columns : 0;
+  while (k < end) {
+    const size_t group_end = end_of_group(m, group), stop = group_end < end ? group_end : end;
+    const Floats scale = quantized(S) ? scale_of(m, panel, group) : zero();
+    for (; k < stop; k += 8, codes += bytes_of_eight(S)) {
+      Floats w[8];
+      eight<S>(codes, w);
+      for (int i = 0; i < 8; ++i, out += width) store(out, quantized(S) ? mul(w[i], scale) : w[i]);
+    }
+    ++group;
+  }
+}
+
+// R rows times P panels over `depth` columns, added to what lies in out, or in its place.
+template <int R, int P>
+inline void tile(const float* x, size_t stride, size_t depth, const float* w, Output out, bool add_to) {
+  Floats sums[R][P];
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) sums[r][p] = add_to ? load(out.data + r * out.stride + p * PANEL_ROWS) : zero();
+  for (size_t k = 0; k < depth; ++k, w += P * PANEL_ROWS) {
+    Floats columns[P];
+    for (int p = 0; p < P; ++p) columns[p] = load(w + p * PANEL_ROWS);
+    for (int r = 0; r < R; ++r) {
+      const Floats value = broadcast(x[r * stride + k]);
+      for (int p = 0; p < P; ++p) sums[r][p] = fma(value, columns[p], sums[r][p]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) store(out.data + r * out.stride + p * PANEL_ROWS, sums[r][p]);
+}
+
+// Calls body with the largest of the given counts that is left, as a constant, until all rows are done.
+template <int R, int... Smaller, typename Body>
+inline void by_tiles(size_t row, size_t rows, const Body& body) {
+  for (; rows - row >= size_t(R); row += R) body(row, Constant<R>{});
+  if constexpr (sizeof...(Smaller) > 0) by_tiles<Smaller...>(row, rows, body);
+}
+
+template <typename Body>
+inline void by_exact_tiles(size_t rows, const Body& body) {
+  if constexpr (TILE_ROWS == 12) by_tiles<12, 8, 4, 2, 1>(0, rows, body);
+  else if constexpr (TILE_ROWS == 6) by_tiles<6, 4, 2, 1>(0, rows, body);
+  else by_tiles<4, 2, 1>(0, rows, body);
+}
+
+template <Scheme S, int P>
+inline void exact_panels(const Matrix& m, size_t panel, const float* x, size_t stride, size_t rows, Output out) {
+  alignas(64) float w[EXPAND_COLUMNS * P * PANEL_ROWS];
+  for (size_t k = 0; k < m.padded_columns; k += EXPAND_COLUMNS) {
+    const size_t end = k + EXPAND_COLUMNS < m.padded_columns ? k + EXPAND_COLUMNS : m.padded_columns;
+    for (int p = 0; p < P; ++p) expand<S>(m, panel + p, k, end, w + p * PANEL_ROWS, P * PANEL_ROWS);
+    by_exact_tiles(rows, [&](size_t row, auto count) {
+      const Output place{out.data + row * out.stride, out.stride};
+      tile<decltype(count)::value, P>(x + row * stride + k, stride, end - k, w, place, k > 0);
+    });
+  }
+}
+
+template <Scheme S>
+inline void exact_as(const Matrix& m, Panels panels, const float* x, size_t stride, size_t rows, Output out) {
+  size_t done = 0;
+  if (rows == 1) {
+    for (; done < panels.count; ++done)
+      store(out.data + done * PANEL_ROWS, panel_times_row<S>(m, panels.first + done, x));
+    return;
+  }
+  for (; done + TILE_PANELS <= panels.count; done += TILE_PANELS)
+    exact_panels<S, TILE_PANELS>(m, panels.first + done, x, stride, rows, {out.data + done * PANEL_ROWS, out.stride});
+  for (; done < panels.count; ++done)
+    exact_panels<S, 1>(m, panels.first + done, x, stride, rows, {out.data + done * PANEL_ROWS, out.stride});
+}
+
+void exact(const Matrix& m, Panels panels, const float* x, size_t stride, size_t rows, Output out) {
+  switch (m.scheme) {
+    case Scheme::int4: return exact_as<Scheme::int4>(m, panels, x, stride, rows, out);
+    case Scheme::int8: return exact_as<Scheme::int8>(m, panels, x, stride, rows, out);
+    case Scheme::fp16: return exact_as<Scheme::fp16>(m, panels, x, stride, rows, out);
+    case Scheme::bf16: return exact_as<Scheme::bf16>(m, panels, x, stride, rows, out);
+  }
+}
+
+// The products of R rows with one chunk of a panel.
+template <Scheme S, int R>
+inline void chunk_dots(const uint8_t* codes, const int8_t* x, size_t stride, Dots (&sums)[R]) {
+  for (int r = 0; r < R; ++r) sums[r] = no_dots();
+  for (size_t k = 0; k < CHUNK; k += S == Scheme::int4 ? 8 : 4, codes += 64) {
+    __builtin_prefetch(codes + PREFETCH_BYTES);
+    const Codes raw = load_codes(codes);
+    const Codes first = S == Scheme::int4 ? low(raw) : bytes(raw);
+    for (int r = 0; r < R; ++r) sums[r] = dot(sums[r], first, x + r * stride + k);
+    if constexpr (S == Scheme::int4) {
+      const Codes second = high(raw);
+      for (int r = 0; r < R; ++r) sums[r] = dot(sums[r], second, x + r * stride + k + 4);
+    }
+  }
+}
+
+template <Scheme S, int R>
+inline void fast_panel(const Matrix& m, size_t panel, const Activations& a, size_t row, Output out) {
+  const uint8_t* codes = m.panel(panel) + m.scale_bytes;
+  const int8_t* x = a.codes + row * a.columns;
+  const float* scales = a.scales + row * a.chunks;
+  const int32_t* offsets = (S == Scheme::int4 ? a.offset4 : a.offset8) + row * a.chunks;
+  constexpr bool SHIFTED = S == Scheme::int4 || !SIGNED_CODES;
+  Floats totals[R];
+  for (int r = 0; r < R; ++r) totals[r] = zero();
+  size_t chunk = 0;
+  for (size_t group = 0; chunk < a.chunks; ++group) {
+    const Floats scale = scale_of(m, panel, group);
+    for (const size_t end = end_of_group(m, group) / CHUNK; chunk < end; ++chunk, codes += CHUNK / 8 * bytes_of_eight(S)) {
+      Dots sums[R];
+      chunk_dots<S, R>(codes, x + chunk * CHUNK, a.columns, sums);
+      for (int r = 0; r < R; ++r) {
+        const Floats sum = finish(sums[r], SHIFTED ? offsets[r * a.chunks + chunk] : 0);
+        totals[r] = fma(mul(sum, broadcast(scales[r * a.chunks + chunk])), scale, totals[r]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) store(out.data + r * out.stride, totals[r]);
+}
+
+template <Scheme S>
+inline void fast_as(const Matrix& m, Panels panels, const Activations& a, size_t first_row, size_t rows, Output out) {
+  for (size_t panel = 0; panel < panels.count; ++panel) {
+    const auto body = [&](size_t row, auto count) {
+      const Output place{out.data + row * out.stride + panel * PANEL_ROWS, out.stride};
+      fast_panel<S, decltype(count)::value>(m, panels.first + panel, a, first_row + row, place);
+    };
+    if constexpr (FAST_ROWS == 8) by_tiles<8, 4, 2, 1>(0, rows, body);
+    else if constexpr (FAST_ROWS == 4) by_tiles<4, 2, 1>(0, rows, body);
+    else by_tiles<2, 1>(0, rows, body);
+  }
+}
+
+void fast(const Matrix& m, Panels panels, const Activations& a, size_t first_row, size_t rows, Output out) {
+  if constexpr ((FAST_SCHEMES >> int(Scheme::int4) & 1) != 0)
+    if (m.scheme == Scheme::int4) return fast_as<Scheme::int4>(m, panels, a, first_row, rows, out);
+  if constexpr ((FAST_SCHEMES >> int(Scheme::int8) & 1) != 0) fast_as<Scheme::int8>(m, panels, a, first_row, rows, out);
+}

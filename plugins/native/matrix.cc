@@ -1,0 +1,102 @@
+#include "native/matrix.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace vl2 {
+namespace {
+
+constexpr int64_t LARGEST_SIDE = 1 << 24;
+constexpr size_t ALIGNMENT = 64;
+constexpr size_t ROWS_A_TASK = 16;
+
+size_t up_to(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+Scheme scheme_named(const std::string& name, const char* attribute) {
+  static const char* const names[] = {"int4", "int8", "fp16", "bf16"};
+  for (int i = 0; i < 4; ++i)
+    if (name == names[i]) return Scheme(i);
+  throw OpError(std::string("`") + attribute + "` is \"" + name + "\", expected int4, int8, fp16 or bf16");
+}
+
+// Checks and sets groups and group_columns.
+void set_groups(Matrix& m, int64_t group_size, const char* name) {
+  m.groups = 1, m.group_columns = m.padded_columns;
+  if (group_size == 0 || m.scheme == Scheme::fp16 || m.scheme == Scheme::bf16) return;
+  require(group_size > 0 && group_size % 8 == 0 && m.columns % size_t(group_size) == 0,
+          std::string("`") + name + "` is " + std::to_string(group_size) + ", expected 0 or a multiple of 8 that divides " +
+              std::to_string(m.columns) + " columns");
+  m.group_columns = size_t(group_size);
+  m.groups = m.columns / m.group_columns;
+}
+
+}  // namespace
+
+Matrix matrix_from(const Attributes& attributes, MatrixNames names, Shape shape, const MatrixNames* fallback) {
+  for (int64_t side : {shape.rows, shape.columns})
+    require(side > 0 && side <= LARGEST_SIDE, "a matrix has a side of " + std::to_string(side) + ", expected 1 to " +
+                                                  std::to_string(LARGEST_SIDE));
+  Matrix m{};
+  const std::string scheme_default = fallback ? attributes.text(fallback->scheme) : "";
+  const std::string scheme = fallback ? attributes.text(names.scheme, scheme_default.c_str()) : attributes.text(names.scheme);
+  m.scheme = scheme_named(scheme, names.scheme);
+  m.rows = size_t(shape.rows), m.columns = size_t(shape.columns);
+  m.padded_columns = up_to(m.columns, CHUNK);
+  m.panels = up_to(m.rows, PANEL_ROWS) / PANEL_ROWS;
+  const std::string widest = fallback ? attributes.text(fallback->scale_dtype, "float16") : "float16";
+  const std::string scales = attributes.text(names.scale_dtype, widest.c_str());
+  require(scales == "float16" || scales == "float32",
+          std::string("`") + names.scale_dtype + "` is \"" + scales + "\", expected float16 or float32");
+  m.wide_scales = scales == "float32";
+  const int64_t size = fallback ? attributes.integer(fallback->group_size, 0) : 0;
+  set_groups(m, attributes.integer(names.group_size, size), names.group_size);
+  const size_t bits = m.scheme == Scheme::int4 ? 4 : m.scheme == Scheme::int8 ? 8 : 16;
+  if (bits < 16) m.scale_bytes = up_to(m.groups * PANEL_ROWS * (m.wide_scales ? 4 : 2), ALIGNMENT);
+  m.panel_bytes = m.scale_bytes + m.padded_columns * PANEL_ROWS * bits / 8;
+  return m;
+}
+
+Matrix with_data(const Matrix& m, const Tensor& tensor, const char* name, size_t count) {
+  const size_t expected = size_bytes(m) * count;
+  require(tensor.type == Type::uint8 && tensor.count() == expected,
+          std::string("`") + name + "` has the shape " + tensor.describe() + ", expected " + std::to_string(expected) +
+              " bytes: " + std::to_string(count) + " × [" + std::to_string(m.rows) + ", " + std::to_string(m.columns) + "]");
+  Matrix held = m;
+  held.data = tensor.as<const uint8_t>();
+  return held;
+}
+
+bool is_fast(const Attributes& attributes) {
+  const std::string mode = attributes.text("mode", "exact");
+  require(mode == "exact" || mode == "fast", "`mode` is \"" + mode + "\", expected exact or fast");
+  return mode == "fast";
+}
+
+Rows::Rows(const float* x, size_t rows, size_t columns, bool floats)
+    : rows_(rows), columns_(columns), stride_(up_to(columns, CHUNK)), source_(x), x_(x) {
+  if (stride_ == columns || !floats) return;
+  filled_.resize(rows * stride_);
+  for (size_t row = 0; row < rows; ++row) std::copy_n(x + row * columns, columns, filled_.data() + row * stride_);
+  x_ = filled_.data();
+}
+
+void Rows::round(const Kernels& kernels, const Parallel& parallel) {
+  const size_t chunks = stride_ / CHUNK;
+  codes_.resize(rows_ * stride_);
+  scales_.resize(rows_ * chunks);
+  offsets_.resize(2 * rows_ * chunks);
+  activations_ = {codes_.data(), scales_.data(), offsets_.data(), offsets_.data() + rows_ * chunks, stride_, chunks};
+  parallel_for(parallel, (rows_ + ROWS_A_TASK - 1) / ROWS_A_TASK, [&](size_t task) {
+    const size_t end = std::min(rows_, (task + 1) * ROWS_A_TASK);
+    for (size_t row = task * ROWS_A_TASK; row < end; ++row)
+      kernels.quantize(source_ + row * columns_, columns_, activations_, row);
+  });
+  rounded_ = true;
+}
+
+void Rows::multiply(const Kernels& kernels, const Matrix& m, Panels panels, size_t first, size_t count, Output out) const {
+  if (rounded_ && rounds(kernels, m)) kernels.fast(m, panels, activations_, first, count, out);
+  else kernels.exact(m, panels, x_ + first * stride_, stride_, count, out);
+}
+
+}  // namespace vl2
