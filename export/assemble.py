@@ -11,7 +11,7 @@ import torch
 from vl2.config import ModelConfig
 from vl2.export.graphs import declare_graphs
 from vl2.export.pieces import Piece, pieces_of
-from vl2.export.trace import DOMAIN, OPSET, trace
+from vl2.export.trace import DOMAIN, NATIVE, OPSET, STANDARD, trace
 from vl2.export.weights import Weight
 from vl2.manifest import Port
 from vl2.model.vl2 import DeepseekVL2
@@ -27,13 +27,13 @@ class TracedGraph:
     weights: dict[str, Weight]
 
 
-def assemble(name: str, config: ModelConfig) -> TracedGraph:
-    """The traced graph of a name in `declare_graphs`."""
+def assemble(name: str, config: ModelConfig, native: bool = False) -> TracedGraph:
+    """The traced graph of a name in `declare_graphs`; native: with the operators that `plugins/` has kernels for."""
     with torch.device("meta"):
         model = DeepseekVL2(config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     # what is traced does not depend on how weights are stored
-    kinds = _trace_kinds(name, replace(config, quantization_config=None))
+    kinds = _trace_kinds(name, replace(config, quantization_config=None), native)
     graph = declare_graphs(config)[name]
     inputs = [_input(port) for port in graph.inputs]
     values, weights = {value.name: value for value in inputs}, {}
@@ -50,14 +50,14 @@ def assemble(name: str, config: ModelConfig) -> TracedGraph:
 
 
 @lru_cache(maxsize=8)
-def _trace_kinds(name: str, config: ModelConfig) -> dict[str, ir.Graph]:
+def _trace_kinds(name: str, config: ModelConfig, native: bool) -> dict[str, ir.Graph]:
     """Each kind of piece, traced; kept because the schemes of a checkpoint share it. Copy before use."""
     with torch.device("meta"):
         model = DeepseekVL2(config)
     kinds: dict[str, ir.Graph] = {}
     for piece in pieces_of(name, model):
         if piece.kind not in kinds:
-            kinds[piece.kind] = trace(piece.module, piece.inputs, piece.outputs).graph
+            kinds[piece.kind] = trace(piece.module, piece.inputs, piece.outputs, NATIVE if native else STANDARD).graph
     return kinds
 
 

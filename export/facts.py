@@ -83,8 +83,7 @@ def module_facts(placed: Iterable[PlacedWeight], checkpoint: Checkpoint) -> dict
     for place in placed:
         module = module_of(checkpoint.entry(place.weight).name)
         old = sums.get(module, ModuleFacts(0, 0))
-        parameters = place.weight.elements if place.counted else 0
-        sums[module] = ModuleFacts(old.parameters + parameters, old.size_bytes + place.size_bytes)
+        sums[module] = ModuleFacts(old.parameters + place.parameters, old.size_bytes + place.size_bytes)
     return sums
 
 

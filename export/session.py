@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime
 
 from vl2.manifest import Manifest
+from vl2.operators import register_operators
 
 Cache = list[np.ndarray]
 
@@ -24,6 +25,8 @@ class GraphSession:
         # A packed copy of float32 weights would take their size again, on top of the map. MatMulNBits reads packed
         # copies only: without them it expands the whole matrix in every call.
         options.add_session_config_entry("session.disable_prepacking", "0" if manifest.lowering == "ort" else "1")
+        if manifest.lowering == "cpu":
+            register_operators(options, folder)
         # an arena would keep the largest step's memory for as long as the session lives
         options.enable_cpu_mem_arena = False
         self._session = onnxruntime.InferenceSession(str(folder / graph.file), options, ["CPUExecutionProvider"])

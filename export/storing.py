@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vl2.errors import VL2Error
+from vl2.export.native_storage import NativeStorage, native_storage
 from vl2.export.packed_storage import (
     PackedStorage,
     Packing,
@@ -13,17 +14,18 @@ from vl2.export.packed_storage import (
     block_for,
     codes_and_scales,
 )
-from vl2.export.schemes import FLOAT16, FLOAT32, Storage, storage_of
+from vl2.export.schemes import FLOAT16, FLOAT32, ROUTER, Storage, storage_of
 from vl2.quantization import Form
 
-PORTABLE, ORT = "portable", "ort"
-LOWERINGS = (PORTABLE, ORT)
+PORTABLE, ORT, CPU = "portable", "ort", "cpu"
+LOWERINGS = (PORTABLE, ORT, CPU)
 
 # Uses of a weight. FLOATS: as numbers, widened where they are stored narrower.
 FLOATS = "floats"
 DEQUANTIZE = "dequantize"  # DequantizeLinear
 MULTIPLY = "multiply"  # Cast, then Mul by the scales: for matrices that many rows meet at once
 NBITS = "nbits"  # com.microsoft MatMulNBits
+NATIVE = "native"  # the operator library of plugins/
 
 _EMBEDDINGS = "language.embed_tokens.weight"
 # Not a Linear in the graph: read by head, as W_k and W_v, in a batched MatMul.
@@ -45,6 +47,8 @@ class Storing:
     def use_of(self, parameter: str) -> str:
         """One of the uses above."""
         form = self.forms.get(parameter)
+        if self.lowering == CPU and self._is_multiplied(parameter):
+            return NATIVE
         if form is None:
             return FLOATS
         if self.lowering == PORTABLE or parameter == _EMBEDDINGS:
@@ -55,9 +59,20 @@ class Storing:
             return MULTIPLY
         return DEQUANTIZE if block_for(form, self.shapes[parameter][-1]) is None else NBITS
 
-    def parts_of(self, parameter: str) -> list[Storage | PackedStorage]:
-        """What a parameter, or each matrix of a stack, is stored as."""
+    def _is_multiplied(self, parameter: str) -> bool:
+        """Whether a parameter is the matrix of a Linear, or a stack of them, and nothing else."""
+        stacked = ".mlp.experts." in parameter
+        other = (_EMBEDDINGS, ROUTER, _BY_HEAD)
+        return len(self.shapes[parameter]) == (3 if stacked else 2) and not parameter.endswith(other)
+
+    def parts_of(self, parameter: str) -> list[Storage | PackedStorage | NativeStorage]:
+        """What a parameter, or each matrix of a stack, is stored as; none where it lies in another's part."""
         use, shape = self.use_of(parameter), self.shapes[parameter]
+        if use == NATIVE:
+            if self.scheme != "fp16":
+                raise VL2Error(f"the lowering `cpu` holds codes and float16; the scheme `{self.scheme}` was asked for",
+                               "use --scheme fp16, int8 or int4, or --lowering portable")  # fmt: skip
+            return native_storage(parameter, shape, self.forms, self.scales)
         if use == FLOATS:
             # codes times scales have up to 19 bits, which float16 does not hold
             return [FLOAT32 if parameter in self.forms else storage_of(parameter, shape, self.scheme)]
@@ -70,8 +85,8 @@ class Storing:
         """Bytes of a parameter in the data file, without gaps."""
         shape = self.shapes[parameter]
         parts = self.parts_of(parameter)
-        if len(parts) == 1:
-            return parts[0].size_bytes(shape, len(shape) - 1)
+        if len(parts) < 2:
+            return sum(part.size_bytes(shape, len(shape) - 1) for part in parts)
         copies, matrix = (shape[0], shape[1:]) if len(shape) == 3 else (1, shape)
         return copies * sum(part.size_bytes(matrix, len(matrix) - 1) for part in parts)
 

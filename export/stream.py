@@ -11,19 +11,22 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vl2.errors import VL2Error
 from vl2.export.checkpoint import Checkpoint
+from vl2.export.native_storage import NativeStorage
 from vl2.export.packed_storage import SCALES, PackedStorage
 from vl2.export.passes.store_weights import PlacedWeight
-from vl2.export.schemes import FLOAT16, FLOAT16_MAX
+from vl2.export.schemes import FLOAT16, FLOAT16_MAX, Storage
 from vl2.export.weights import Weight
 from vl2.manifest import FileFacts
+from vl2.plugins.native.layout import ROWS, interleave, pack
 
 _BLOCK_ELEMENTS = 4 << 20
 
@@ -72,15 +75,52 @@ def converted_blocks(place: PlacedWeight, checkpoint: Checkpoint, underflow: dic
     if isinstance(place.storage, PackedStorage):
         yield from _packed_blocks(place, place.storage, checkpoint)
         return
-    name = checkpoint.entry(place.weight).name
-    for part in map(checkpoint.read, _blocks(place.weight)):
-        stored = part.to(place.storage.torch_dtype).contiguous()
-        if place.storage is FLOAT16 and part.dtype != torch.float16:
-            _check_range(part, place, checkpoint)
-            lost = int(torch.count_nonzero(part) - torch.count_nonzero(stored))
+    if isinstance(place.storage, NativeStorage):
+        yield from _native_blocks(place, place.storage, _Floats(checkpoint, underflow))
+        return
+    floats = _Floats(checkpoint, underflow)
+    for part in _blocks(place.weight):
+        yield memoryview(floats.read(part, place.storage).numpy()).cast("B")
+
+
+@dataclass(frozen=True)
+class _Floats:
+    """Reads weights that are not packed; counts in `underflow` what float16 turns into 0, by tensor of the file."""
+
+    checkpoint: Checkpoint
+    underflow: dict[str, int]
+
+    def read(self, weight: Weight, storage: Storage) -> Tensor:
+        """As stored; raises VL2Error on a number beyond float16."""
+        read = self.checkpoint.read(weight)
+        stored = read.to(storage.torch_dtype).contiguous()
+        if storage is FLOAT16 and read.dtype != torch.float16:
+            _check_range(read, weight, self.checkpoint)
+            lost = int(torch.count_nonzero(read) - torch.count_nonzero(stored))
             if lost:
-                underflow[name] = underflow.get(name, 0) + lost
-        yield memoryview(stored.numpy()).cast("B")
+                name = self.checkpoint.entry(weight).name
+                self.underflow[name] = self.underflow.get(name, 0) + lost
+        return stored
+
+
+def _native_blocks(place: PlacedWeight, storage: NativeStorage, floats: _Floats) -> Iterator[memoryview]:
+    """Rows of the operator library's layout, whole panels at a time."""
+    whole = place.weight
+    matrices = [whole.of_expert(e) for e in range(storage.copies)] if len(whole.shape) == 3 else [whole]
+    for block in (block for matrix in matrices for block in _blocks(matrix, ROWS)):
+        numbers, scales = _numbers(block, storage, floats)
+        if storage.partner is not None:
+            others = _numbers(replace(block, parameter=storage.partner), storage, floats)
+            numbers, scales = interleave(numbers, others[0]), None if scales is None else interleave(scales, others[1])
+        yield memoryview(pack(replace(storage.layout, rows=len(numbers)), numbers, scales))
+
+
+def _numbers(weight: Weight, storage: NativeStorage, floats: _Floats) -> tuple[np.ndarray, np.ndarray | None]:
+    """Codes and scales of a matrix, or its floats."""
+    if not storage.layout.quantized:
+        return floats.read(weight, FLOAT16).numpy(), None
+    scales = floats.checkpoint.read_scales(weight).to(getattr(torch, storage.layout.scale_dtype))
+    return floats.checkpoint.read_codes(weight).numpy(), scales.numpy()
 
 
 def _packed_blocks(place: PlacedWeight, storage: PackedStorage, checkpoint: Checkpoint) -> Iterator[memoryview]:
@@ -89,19 +129,19 @@ def _packed_blocks(place: PlacedWeight, storage: PackedStorage, checkpoint: Chec
         yield memoryview(storage.encode(part).contiguous().numpy()).cast("B")
 
 
-def _blocks(weight: Weight) -> list[Weight]:
-    """The weight in blocks of an even number of rows, which make whole bytes of four-bit codes."""
+def _blocks(weight: Weight, multiple: int = 2) -> list[Weight]:
+    """The weight in blocks of a multiple of so many rows; an even number makes whole bytes of four-bit codes."""
     if any(step != "narrow" for step, _ in weight.layout):
         return [weight]
     rows = _BLOCK_ELEMENTS * weight.shape[0] // weight.elements
-    return weight.row_blocks(max(2, rows // 2 * 2))
+    return weight.row_blocks(max(multiple, rows // multiple * multiple))
 
 
-def _check_range(block: Tensor, place: PlacedWeight, checkpoint: Checkpoint) -> None:
+def _check_range(block: Tensor, weight: Weight, checkpoint: Checkpoint) -> None:
     low, high = block.aminmax()  # four times as fast as abs().max(), and no copy
     largest = max(float(high), -float(low))
     if largest > FLOAT16_MAX:
-        entry = checkpoint.entry(place.weight)
+        entry = checkpoint.entry(weight)
         raise VL2Error(
             f"tensor `{entry.name}` in {entry.path} holds {largest:g}, and float16 ends at {FLOAT16_MAX:g}",
             "export with --scheme fp32",

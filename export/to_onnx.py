@@ -9,10 +9,11 @@ import onnx_ir as ir
 
 from vl2.config import ModelConfig
 from vl2.export.assemble import assemble
-from vl2.export.lowering import portable
+from vl2.export.lowering import cpu, portable
 from vl2.export.passes.arrange_weights import arrange_weights
 from vl2.export.passes.store_weights import DataFile, PlacedWeight, all_graphs, store_weights
 from vl2.export.passes.use_packed import MICROSOFT
+from vl2.export.storing import CPU
 from vl2.manifest import Graph
 
 # What onnxruntime 1.20 reads, with opsets 20 and 21.
@@ -23,9 +24,10 @@ PACKED_OPSET = 21
 
 def build_graph(name: str, config: ModelConfig, data: DataFile) -> tuple[ir.Model, list[PlacedWeight]]:
     """The model of a graph, without data, and its weights in the order of the data file."""
-    traced = assemble(name, config)
+    native = data.storing.lowering == CPU
+    traced = assemble(name, config, native)
     arrange_weights(traced.model, traced.weights)
-    lowered = portable.lower(traced)
+    lowered = cpu.lower(traced, data.storing) if native else portable.lower(traced)
     placed = store_weights(lowered.model, lowered.weights, data)
     if data.storing.forms:
         lowered.model.opset_imports[""] = PACKED_OPSET

@@ -1,7 +1,7 @@
 """From PyTorch modules to ONNX nodes, with no weight in memory: the modules live on the meta device.
 
-The traced graph holds standard operators and two of our own, which lowerings replace or keep:
-`vl2::Linear(x [..., K], weight [N, K], bias [N]?)` and `vl2::Experts` (see `vl2.plugins.experts.op`).
+The traced graph holds standard operators and some of our own, which lowerings replace or keep:
+`vl2::Linear(x [..., K], weight [N, K], bias [N]?)` and those that the modules' substitutes leave (`SUBSTITUTES`).
 """
 
 from __future__ import annotations
@@ -20,20 +20,30 @@ from torch import nn
 
 from vl2.export.passes.fold_constants import fold_constants
 from vl2.manifest import Port
+from vl2.model.moe import Experts, MoE
+from vl2.plugins.experts import moe as moe_op
 from vl2.plugins.experts import op as experts_op
+from vl2.plugins.substitution import Substitutes, substitute
 
 # Newest opset that every ONNX Runtime from 1.20 on and TensorRT from 10.3 on reads.
 OPSET = 20
 DOMAIN = "vl2"
+
+# What stands in the place of modules while they are traced: for lowerings to standard operators, and for those that
+# keep the operators of `plugins/`.
+STANDARD: Substitutes = {Experts: experts_op.TracedExperts}
+NATIVE: Substitutes = {MoE: moe_op.TracedMoE}
 
 # Sizes for tracing: distinct, so that no two sides are taken for one; past and new tokens of 0 and 1 are tested.
 _SIZES = {"batch": 2, "tokens": 3, "past": 5, "total": 8, "tiles": 2}
 _DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
 
 
-def trace(module: nn.Module, inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> ir.Model:
+def trace(
+    module: nn.Module, inputs: tuple[Port, ...], outputs: tuple[Port, ...], substitutes: Substitutes = STANDARD
+) -> ir.Model:
     """The ONNX model of a module on the meta device; initializers named as its parameters, without data."""
-    experts_op.substitute_experts(module)
+    substitute(module, substitutes)
     arguments = tuple(_sample(port) for port in inputs)
     with _quiet(), torch.no_grad():
         program = torch.export.export(module.eval(), arguments, dynamic_shapes=_dynamic(module, inputs), strict=False)
@@ -85,7 +95,13 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _operator(name: str, inputs: dict[str, str], optional: tuple[str, ...] = ()) -> Op:
+_ATTRIBUTES = {int: OpSchema.AttrType.INT, bool: OpSchema.AttrType.INT, float: OpSchema.AttrType.FLOAT,
+               str: OpSchema.AttrType.STRING}  # fmt: skip
+
+
+def _operator(
+    name: str, inputs: dict[str, str], optional: tuple[str, ...] = (), attributes: dict[str, type] | None = None
+) -> Op:
     """A node type of our domain; inputs: name to element type."""
     option = OpSchema.FormalParameterOption
     parameters = [
@@ -95,11 +111,14 @@ def _operator(name: str, inputs: dict[str, str], optional: tuple[str, ...] = ())
         for name, dtype in inputs.items()
     ]
     outputs = [OpSchema.FormalParameter("y", "tensor(float)")]
-    return Op(Opset(DOMAIN, 1), name, OpSchema(name, DOMAIN, 1, inputs=parameters, outputs=outputs))
+    kinds = [OpSchema.Attribute(key, _ATTRIBUTES[kind]) for key, kind in (attributes or {}).items()]
+    schema = OpSchema(name, DOMAIN, 1, inputs=parameters, outputs=outputs, attributes=kinds)
+    return Op(Opset(DOMAIN, 1), name, schema)
 
 
 _LINEAR = _operator("Linear", {"x": "float", "weight": "float", "bias": "float"}, optional=("bias",))
 _EXPERTS = _operator(experts_op.OP_TYPE, experts_op.INPUTS)
+_MOE = _operator(moe_op.OP_TYPE, moe_op.INPUTS, moe_op.OPTIONAL, moe_op.RULE)
 
 
 def _linear(x, weight, bias=None):
@@ -110,7 +129,18 @@ def _experts(*inputs):
     return _EXPERTS(*inputs)
 
 
-_TRANSLATIONS = {torch.ops.aten.linear.default: _linear, torch.ops.vl2.experts.default: _experts}
+def _moe(*arguments):
+    count = len(moe_op.INPUTS)
+    fields = {name: int(value) if kind is bool else value
+              for (name, kind), value in zip(moe_op.RULE.items(), arguments[count:], strict=True)}  # fmt: skip
+    return _MOE(*arguments[:count], **fields)
+
+
+_TRANSLATIONS = {
+    torch.ops.aten.linear.default: _linear,
+    torch.ops.vl2.experts.default: _experts,
+    torch.ops.vl2.moe.default: _moe,
+}
 
 
 def _name_sides(graph: ir.Graph, inputs: tuple[Port, ...]) -> None:

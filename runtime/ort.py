@@ -11,6 +11,7 @@ from typing import Any
 from vl2.errors import VL2Error
 from vl2.manifest import Graph, Manifest
 from vl2.mapped_pages import bounded_file_pages, drop_file_pages
+from vl2.operators import register_operators
 from vl2.runtime.backend import Arrays
 from vl2.runtime.cores import physical_cores
 from vl2.runtime.options import BundleOptions
@@ -27,7 +28,7 @@ _CONFIG = {
 # By lowering. A packed copy of float weights would take their size again, on top of the map. MatMulNBits is fast with
 # packed copies only (0.2 against 9 ms for 1280 × 896).
 _PREPACKING_KEY = "session.disable_prepacking"
-_DISABLE_PREPACKING = {"portable": "1", "ort": "0"}
+_DISABLE_PREPACKING = {"portable": "1", "ort": "0", "cpu": "1"}
 # Mapped pages that may be resident while a session packs them.
 _UNPACKED_LIMIT_BYTES = 128 << 20
 _ERRORS_ONLY = 3
@@ -45,7 +46,8 @@ class OrtBackend:
         self._ort, self._folder, self._graphs = onnxruntime, folder, manifest.graphs
         if manifest.lowering not in _DISABLE_PREPACKING:
             raise VL2Error(f"{folder} has the lowering {manifest.lowering!r}, this vl2 runs "
-                           f"{' and '.join(_DISABLE_PREPACKING)}", "update vl2-edge, or export the bundle again")
+                           f"{', '.join(_DISABLE_PREPACKING)}", "update vl2-edge, or export the bundle again")
+        self._lowering = manifest.lowering
         self._config = _CONFIG | {_PREPACKING_KEY: _DISABLE_PREPACKING[manifest.lowering]}
         self._device = options.device
         self._threads = options.threads or physical_cores()
@@ -101,6 +103,8 @@ class OrtBackend:
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         for key, value in self._config.items():
             options.add_session_config_entry(key, value)
+        if self._lowering == "cpu":
+            register_operators(options, self._folder)
         try:
             with self._given_back():
                 session = ort.InferenceSession(str(path), options, providers=list(self._choice.providers))

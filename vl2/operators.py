@@ -9,8 +9,8 @@ from vl2.errors import VL2Error
 
 NAME = "libvl2_ops.so"
 _FOLDER = Path(__file__).parent
-_ABSENT = (f"the operator library {NAME} was not built when vl2-edge was installed; install a C++ compiler (such as g++) "
-           "and then vl2-edge again")
+_ABSENT = (f"the operator library {NAME} was not built when vl2-edge was installed; install a C++ compiler (such as "
+           "g++) and then vl2-edge again")
 
 
 def library_path() -> tuple[Path | None, str | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import onnx_ir as ir
 from onnx_ir import convenience
 
@@ -12,10 +14,21 @@ from vl2.export.lowering.nodes import Scope
 from vl2.export.trace import DOMAIN
 from vl2.export.weights import Weight
 
+# Takes the scope for new nodes and the node of our domain; returns the value that replaces its output.
+Lowering = Callable[[Scope, ir.Node], ir.Value]
+
 
 def lower(traced: TracedGraph) -> TracedGraph:
     """Replaces every node of our domain, in place; stacked experts and the vocabulary become several weights."""
-    graph, weights = traced.model.graph, dict(traced.weights)
+    weights = dict(traced.weights)
+    apply_lowerings(traced.model.graph, standard_lowerings(traced.model.graph, weights))
+    drop_unread(traced.model.graph, weights)
+    traced.model.opset_imports.pop(DOMAIN, None)
+    return TracedGraph(traced.model, weights)
+
+
+def standard_lowerings(graph: ir.Graph, weights: dict[str, Weight]) -> dict[str, Lowering]:
+    """By operator; parts of divided weights are added to `weights`."""
 
     def divide(whole: ir.Value, parts: list[Weight]) -> list[ir.Value]:
         if f"{whole.name}.0" in weights:  # read by two nodes
@@ -33,16 +46,22 @@ def lower(traced: TracedGraph) -> TracedGraph:
     def split_rows(matrix: ir.Value, rows: int) -> list[ir.Value]:
         return divide(matrix, weights[matrix.name].row_blocks(rows))
 
-    lowerings = {"Linear": LinearLowering(split_rows), "Experts": ExpertsLowering(split_experts)}
+    return {"Linear": LinearLowering(split_rows), "Experts": ExpertsLowering(split_experts)}
+
+
+def apply_lowerings(graph: ir.Graph, lowerings: Mapping[str, Lowering]) -> None:
+    """Replaces every node of our domain."""
     for node in list(graph):
         if node.domain == DOMAIN:
             scope = Scope(f"{node.outputs[0].name}.")
             _replace(graph, node, lowerings[node.op_type](scope, node), scope.nodes)
+
+
+def drop_unread(graph: ir.Graph, weights: dict[str, Weight]) -> None:
+    """Removes initializers that no node reads any more."""
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         del graph.initializers[name]
         weights.pop(name, None)
-    traced.model.opset_imports.pop(DOMAIN, None)
-    return TracedGraph(traced.model, weights)
 
 
 def _part(whole: ir.Value, number: int, part: Weight) -> ir.Value:

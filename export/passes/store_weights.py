@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from vl2.export.native_storage import NativeStorage
 from vl2.export.packed_storage import COUNTED, PackedStorage
 from vl2.export.passes.use_packed import PackedUses
 from vl2.export.passes.widen_weights import Widening
 from vl2.export.schemes import Storage
-from vl2.export.storing import FLOATS, MULTIPLY, NBITS, Storing
+from vl2.export.storing import FLOATS, MULTIPLY, NATIVE, NBITS, Storing
 from vl2.export.weights import Weight
 
 # A page: onnxruntime maps each big tensor by itself. Rows of a stack follow each other unpadded wherever
@@ -27,7 +28,7 @@ class PlacedWeight:
 
     name: str
     weight: Weight
-    storage: Storage | PackedStorage
+    storage: Storage | PackedStorage | NativeStorage
     offset: int
 
     @property
@@ -44,9 +45,12 @@ class PlacedWeight:
         return self.offset + self.size_bytes
 
     @property
-    def counted(self) -> bool:
-        """Whether its elements are the weight's: of several parts one is, so that parameters are counted once."""
-        return isinstance(self.storage, Storage) or self.storage.part in COUNTED
+    def parameters(self) -> int:
+        """Of the weight; of its several parts one has them, so that they are counted once."""
+        if isinstance(self.storage, NativeStorage):
+            return self.weight.elements * (1 if self.storage.partner is None else 2)
+        counted = isinstance(self.storage, Storage) or self.storage.part in COUNTED
+        return self.weight.elements if counted else 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ def _rewrite(uses: PackedUses, widening: Widening, value: ir.Value, facts: tuple
     """Lets the readers of a weight read what is stored of it."""
     parts, weight, storing = facts
     use = storing.use_of(weight.parameter)
+    if use == NATIVE:
+        return
     if use == FLOATS:
         if value.dtype != ir.DataType.FLOAT:
             widening.widen(value)

@@ -56,12 +56,3 @@ class TracedExperts(nn.Module):
     def forward(self, x: Tensor, idx: Tensor, weights: Tensor) -> Tensor:
         """As `experts`."""
         return experts(x, idx, weights, self.gate_proj, self.up_proj, self.down_proj)
-
-
-def substitute_experts(model: nn.Module) -> nn.Module:
-    """Puts `TracedExperts` in the place of every `Experts` of the model, which is returned."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, Experts):
-                setattr(module, name, TracedExperts(child))
-    return model

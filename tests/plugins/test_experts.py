@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from vl2.config import LanguageConfig
 from vl2.model.moe import Experts
-from vl2.plugins.experts.op import TracedExperts, experts, substitute_experts
+from vl2.plugins.experts.op import TracedExperts, experts
+from vl2.plugins.substitution import substitute
 
 EXPERTS, CHOSEN, SIZE, INNER = 5, 2, 12, 7
 
@@ -67,7 +68,7 @@ def test_substitution_keeps_the_names_of_the_parameters() -> None:
     holder = torch.nn.Module()
     holder.experts = model_experts()
     before = {name: id(parameter) for name, parameter in holder.named_parameters()}
-    substitute_experts(holder)
+    substitute(holder, {Experts: TracedExperts})
     assert isinstance(holder.experts, TracedExperts)
     assert {name: id(parameter) for name, parameter in holder.named_parameters()} == before
 

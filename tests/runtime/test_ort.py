@@ -165,5 +165,5 @@ def test_float16_weights_stay_in_the_memory_map_when_a_graph_is_loaded(tmp_path:
 def test_a_lowering_that_is_not_known_is_refused_before_a_graph_is_loaded(bundle: Path) -> None:
     path = bundle / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lowering": "npu"}))
-    with pytest.raises(VL2Error, match="lowering 'npu', this vl2 runs portable and ort"):
+    with pytest.raises(VL2Error, match="lowering 'npu', this vl2 runs portable, ort, cpu"):
         open_bundle(bundle)

@@ -1,0 +1,96 @@
+"""The `cpu` lowering: matrices and experts as nodes of the operator library in `plugins/`, all else standard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from vl2.export.assemble import TracedGraph
+from vl2.export.lowering.nodes import Scope
+from vl2.export.lowering.portable import Lowering, apply_lowerings, drop_unread, standard_lowerings
+from vl2.export.storing import NATIVE, Storing
+from vl2.export.weights import Weight
+from vl2.plugins.experts import moe
+from vl2.plugins.native.layout import Layout
+
+_EXACT = "exact"
+# Attributes of vl2::Experts that the traced node has under the names of the configuration.
+_RENAMED = {"num_experts_per_tok": "top_k"}
+
+
+def lower(traced: TracedGraph, storing: Storing) -> TracedGraph:
+    """Replaces every node of our domain, in place; the library's nodes read weights as `storing` says they lie."""
+    graph, weights = traced.model.graph, dict(traced.weights)
+    lowerings = standard_lowerings(graph, weights)
+    read = _Reader(storing, weights)
+    apply_lowerings(graph, {"Linear": LinearLowering(read, lowerings["Linear"]), "MoE": ExpertsLowering(read)})
+    drop_unread(graph, weights)
+    return TracedGraph(traced.model, weights)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """What the library's nodes say of the weights they read."""
+
+    storing: Storing
+    weights: dict[str, Weight]
+
+    def is_native(self, weight: ir.Value) -> bool:
+        """Whether the library reads it."""
+        return self.storing.use_of(self.weights[weight.name].parameter) == NATIVE
+
+    def layout(self, weight: ir.Value) -> Layout:
+        """Of one matrix."""
+        return self.storing.parts_of(self.weights[weight.name].parameter)[0].layout
+
+
+class LinearLowering:
+    """`vl2::Linear` with the attributes of its weight's layout, or standard operators where the library has none."""
+
+    def __init__(self, read: _Reader, standard: Lowering) -> None:
+        self._read, self._standard = read, standard
+
+    def __call__(self, scope: Scope, node: ir.Node) -> ir.Value:
+        """The value that replaces the node's output; new nodes are added to `scope`."""
+        weight = node.inputs[1]
+        if not self._read.is_native(weight):
+            return self._standard(scope, node)
+        layout = self._read.layout(weight)
+        sizes = {"N": layout.rows, "K": layout.columns}
+        return scope.op("Linear", node.inputs, domain=node.domain, mode=_EXACT, **sizes, **_form("", layout))
+
+
+class ExpertsLowering:
+    """`vl2::Experts`: routing, routed and shared experts."""
+
+    def __init__(self, read: _Reader) -> None:
+        self._read = read
+
+    def __call__(self, scope: Scope, node: ir.Node) -> ir.Value:
+        """The value that replaces the node's output; new nodes are added to `scope`."""
+        given = dict(zip(moe.INPUTS, (*node.inputs, *[None] * len(moe.INPUTS)), strict=False))
+        gate, down, shared = given["gate_proj"], given["down_proj"], given["shared_gate_proj"]
+        inputs = [given["x"], given["logits"], gate, down, given["correction_bias"]]
+        experts, inner, hidden = gate.shape
+        attributes = {"hidden_size": hidden, "inner_size": inner, "experts": experts, "mode": _EXACT}
+        attributes |= {_RENAMED.get(name, name): _value(node.attributes[name]) for name in moe.RULE}
+        attributes |= _form("", self._read.layout(gate)) | _form("down_", self._read.layout(down))
+        if shared is not None:
+            shared_down = given["shared_down_proj"]
+            inputs += [shared, shared_down]
+            attributes["shared_size"] = shared.shape[0]
+            attributes |= _form("shared_", self._read.layout(shared))
+            attributes |= _form("shared_down_", self._read.layout(shared_down))
+        while inputs[-1] is None:
+            inputs.pop()
+        return scope.op("Experts", inputs, domain=node.domain, **attributes)
+
+
+def _form(prefix: str, layout: Layout) -> dict[str, str | int]:
+    return {f"{prefix}scheme": layout.scheme, f"{prefix}group_size": layout.group_size,
+            f"{prefix}scale_dtype": layout.scale_dtype}  # fmt: skip
+
+
+def _value(attribute: ir.Attr) -> int | float | str:
+    return attribute.value

@@ -1,0 +1,60 @@
+"""How large a bundle will be by the forms its matrices would have, before any is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from vl2.export.checkpoint import Checkpoint, open_checkpoint
+from vl2.export.choice import UNPACKED_SCHEME
+from vl2.export.facts import copied_contents
+from vl2.export.storing import Storing, check_lowering
+from vl2.quantization import WEIGHT, Form
+
+# Measured on bundles of the minis and vl2-nano, a tenth more: bytes of graphs by expert, layer, block of the tower and
+# for the rest, manifest and description included.
+_EXPERT, _LAYER, _BLOCK, _REST = 8_500, 16_000, 9_500, 55_000
+_PAGE, _ROW = 4096, 64  # where weights, and rows of a stack, begin in a data file
+_EMBEDDINGS = ("language.embed_tokens.weight", "image_newline", "view_seperator")
+
+Forms = Mapping[str, Form | None]
+
+
+def bundle_sizes(folder: Path, lowering: str | None = None) -> Callable[[Forms], int]:
+    """A function of the forms by module that gives the bytes of the whole bundle folder, a little too many.
+
+    folder: the unquantized checkpoint; what has no form is stored as fp16.
+    """
+    checkpoint = open_checkpoint(folder)
+    copies = sum(len(content) for content in copied_contents(folder).values())
+    fixed = copies + _graph_bytes(checkpoint)
+    lowering = check_lowering(lowering, quantized=True)
+    modules = {name: sources[0].removesuffix(WEIGHT) for name, sources in checkpoint.sources.items()}
+
+    def size(forms: Forms) -> int:
+        packed = {name: form for name in checkpoint.shapes if (form := forms.get(modules[name])) is not None}
+        storing = Storing(UNPACKED_SCHEME, lowering, checkpoint.shapes, packed)
+        return fixed + sum(_padded(storing, name) for name in checkpoint.shapes)
+
+    return size
+
+
+def _padded(storing: Storing, parameter: str) -> int:
+    """Bytes of a parameter in its data file with the gaps behind its parts."""
+    if parameter in _EMBEDDINGS:
+        return storing.size_bytes(parameter)
+    shape, parts = storing.shapes[parameter], storing.parts_of(parameter)
+    copies = shape[0] if len(shape) == 3 and len(parts) > 1 else 1
+    matrix = shape[1:] if copies > 1 else shape
+    return sum(_up(copies * _up(part.size_bytes(matrix, len(matrix) - 1), _ROW), _PAGE) for part in parts)
+
+
+def _graph_bytes(checkpoint: Checkpoint) -> int:
+    language, vision = checkpoint.config.language_config, checkpoint.config.vision_config
+    routed = sum(language.is_moe(l) for l in range(language.num_hidden_layers))
+    experts = routed * (language.n_routed_experts or 0)
+    return _EXPERT * experts + _LAYER * language.num_hidden_layers + _BLOCK * vision.layers + _REST
+
+
+def _up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
