@@ -58,7 +58,7 @@ def from_json(expected: type[T], value: Any, where: str) -> T:
         return value
     if type(value) is expected:
         return value
-    if expected is float and type(value) is int:
+    if type(value) is int and (expected is float or float in arguments):
         return float(value)
     raise VL2Error(f"{where} is {_shortened(value)}, expected {getattr(expected, '__name__', expected)}")
 

@@ -1,0 +1,88 @@
+"""Memory of a run at its peak, part by part. On the CPU checked against measured runs (docs/planning.md)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from vl2.config import LanguageConfig
+from vl2.planning.demand import PromptSize
+from vl2.planning.models import PlannedModel
+from vl2.planning.schemes import Storage
+
+_FLOAT = 4
+# Measured with vl2-nano: Python, NumPy, Pillow, tokenizers, onnxruntime, both graphs loaded.
+PROCESS_BYTES = 87 << 20
+# Measured with Tiny's 129,280 entries: 40 MB.
+TOKENIZER_BYTES_PER_ENTRY = 330
+# Not measured here: CUDA's context, kernels and workspaces; where memory is shared their host side too.
+CUDA_BYTES = 600 << 20
+_CUDA_SHARED_BYTES = 1000 << 20
+# Patches that one run of the vision graph takes (`vl2.runtime.image_features`).
+_PATCHES_PER_RUN = 1024
+# onnxruntime's arena grows by doubled regions and gives none back: 1.4 to 1.6 times what is live, measured.
+_ARENA_SHARE = 1.5
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """Bytes: weights with every expert touched, cache at the whole context, activations as arenas hold them."""
+
+    process: int
+    weights: int
+    kv_cache: int
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        """All of it together."""
+        return self.process + self.weights + self.kv_cache + self.activations
+
+    def to_dict(self) -> dict[str, int]:
+        """With the peak, for JSON."""
+        return {**asdict(self), "peak": self.peak}
+
+
+def run_memory(model: PlannedModel, storage: Storage, size: PromptSize, backend: str, shared: bool) -> RunMemory:
+    """On one backend of `targets.BACKENDS`; shared: its GPU has no memory of its own. Without images, no tower."""
+    element = 2 if backend == "engine" else _FLOAT
+    language = model.config.language_config
+    live = _decoder_bytes(language, storage.quantized, size, element)
+    weights = storage.decoder_bytes
+    if size.tiles:
+        live += _tile_bytes(model, element)
+        weights += storage.vision_bytes
+    widened = 0 if backend == "engine" else storage.widened_bytes
+    process = PROCESS_BYTES + TOKENIZER_BYTES_PER_ENTRY * language.vocab_size
+    if backend != "cpu":
+        process = process + _CUDA_SHARED_BYTES if shared else CUDA_BYTES
+    cache = size.context * cache_bytes(language, element)
+    return RunMemory(process, weights, cache, int(_ARENA_SHARE * live) + widened)
+
+
+def cache_bytes(config: LanguageConfig, element: int = _FLOAT) -> int:
+    """Of one position in all layers: keys and values, or the latent and the rotated key."""
+    width = config.kv_lora_rank + config.qk_rope_head_dim if config.use_mla else 2 * config.kv_heads * config.head_dim
+    return config.num_hidden_layers * width * element
+
+
+def _decoder_bytes(config: LanguageConfig, quantized: bool, size: PromptSize, element: int) -> int:
+    """What one chunk of prefill holds: its new cache entries, states, and the largest of attention, experts, dense."""
+    hidden, heads, chunk = config.hidden_size, config.num_attention_heads, size.chunk
+    scores = 3 * heads * chunk * size.prompt_tokens  # scores, masked, softmax
+    if config.use_mla:
+        scores += 2 * heads * chunk * (config.kv_lora_rank + config.qk_rope_head_dim)
+    # an INT8 matrix is two products, of each plane of four bits
+    products = 7 if quantized else 3
+    dense = products * chunk * config.intermediate_size
+    routed = 3 * chunk * (config.num_experts_per_tok or 0) * hidden
+    return (chunk * 6 * hidden + max(scores, dense, routed)) * element + chunk * cache_bytes(config, element)
+
+
+def _tile_bytes(model: PlannedModel, element: int) -> int:
+    vision = model.config.vision_config
+    patches = vision.grid**2
+    tiles = max(1, _PATCHES_PER_RUN // patches)
+    scores = 3 * vision.heads * patches**2
+    mlp = 3 * patches * vision.mlp_hidden
+    widened = vision.mlp_hidden * vision.width
+    return (tiles * (6 * patches * vision.width + max(scores, mlp)) + widened) * element

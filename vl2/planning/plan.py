@@ -1,0 +1,183 @@
+"""The plan: does a model fit a target under a demand, how fast may it be, and what to change where it does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from vl2.errors import VL2Error
+from vl2.planning.demand import Demand, PromptSize, prompt_size
+from vl2.planning.memory import RunMemory, cache_bytes, run_memory
+from vl2.planning.models import NAMES, PlannedModel, planned_model
+from vl2.planning.schemes import Choice, Storage, form_of_choice, storage_of
+from vl2.planning.speed import Speed, estimate_speed
+from vl2.planning.targets import Target
+from vl2.planning.workstation import WorkstationMemory, workstation_memory
+
+_ALL_INT8 = {"vision": "int8", "lm_head": "int8", "embeddings": "int8"}
+# From what keeps most to what needs least.
+LADDER = (
+    Choice("fp32"), Choice("fp16"), Choice("int8"), Choice("int8", **_ALL_INT8), Choice("int4"),
+    Choice("int4", **_ALL_INT8), Choice("int4-g64", **_ALL_INT8), Choice("int4-g128", **_ALL_INT8),
+)
+_FIRST = 1  # float32 only when it is asked for
+_SMALL_CHUNK = 128
+_SHORTEST_ANSWER = 64
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a plan is made for."""
+
+    model: PlannedModel
+    demand: Demand
+    target_name: str
+    target: Target
+
+
+@dataclass(frozen=True)
+class Run:
+    """One backend. fits: the peak is within the target's usable memory and the prompt within the context."""
+
+    memory: RunMemory
+    speed: Speed
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """runs: by backend, the first is what this version of vl2 does on the target. options: of `vl2 export`.
+
+    schemes: options → (bundle bytes, peak bytes, tokens/s, fits) on the first backend. changes: what would make it fit.
+    """
+
+    situation: Situation
+    options: str
+    prompt: PromptSize
+    storage: Storage
+    runs: dict[str, Run]
+    workstation: WorkstationMemory
+    schemes: dict[str, tuple[int, int, float, bool]]
+    changes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """On the first backend."""
+        return next(iter(self.runs.values())).fits
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON has it; sizes in bytes, times in seconds."""
+        model, target = self.situation.model, self.situation.target
+        language = model.config.language_config
+        return {
+            "model": model.name, "variant": model.config.variant, "attention": "mla" if language.use_mla else "mha",
+            "target": {"name": self.situation.target_name, **asdict(target), "usable_bytes": int(target.usable_bytes)},
+            "options": self.options, "demand": asdict(self.situation.demand), "prompt": asdict(self.prompt),
+            "bundle_bytes": self.storage.total_bytes, "modules": self.storage.modules,
+            "read_bytes_per_token": {name: int(size) for name, size in self.storage.read.items()},
+            "cache_bytes_per_token": cache_bytes(language), "fits": self.fits,
+            "runs": {name: {"fits": run.fits, "memory": run.memory.to_dict(), "speed": asdict(run.speed)}
+                     for name, run in self.runs.items()},
+            "workstation": asdict(self.workstation),
+            "schemes": [dict(zip(("options", "bundle_bytes", "peak_bytes", "tokens_per_second", "fits"),
+                                 (name, *row), strict=True)) for name, row in self.schemes.items()],
+            "changes": list(self.changes),
+        }
+
+
+def make_plan(situation: Situation, choice: Choice | None = None) -> Plan:
+    """choice: None takes what keeps most and fits; it cannot be given for a model that is stored already.
+
+    Raises VL2Error for a context or a tile budget that the model does not have.
+    """
+    model = situation.model
+    if model.storage is not None and choice is not None:
+        raise VL2Error(f"`{model.name}` is stored already ({model.scheme}), and {choice.options} was asked for",
+                       "leave the scheme out, or plan for the checkpoint that it was made from")
+    stored = {} if model.storage is not None else {each: _stored(model, each) for each in LADDER}
+    first = situation.target.backends[0]
+    tried = {each: _run(situation, storage, first) for each, storage in stored.items()}
+    if model.storage is None and choice is None:
+        choice = next((each for each in LADDER[_FIRST:] if tried[each].fits), LADDER[-1])
+    storage = model.storage or stored.get(choice) or _stored(model, choice)
+    plan = Plan(
+        situation, choice.options if choice else str(model.scheme), prompt_size(model, situation.demand), storage,
+        {backend: _run(situation, storage, backend) for backend in situation.target.backends},
+        workstation_memory(model, choice, "engine" in situation.target.backends),
+        {each.options: (stored[each].total_bytes, run.memory.peak, run.speed.tokens_per_second, run.fits)
+         for each, run in tried.items()}, (),
+    )
+    return plan if plan.fits else replace(plan, changes=tuple(_changes(plan)))
+
+
+def _stored(model: PlannedModel, choice: Choice) -> Storage:
+    return storage_of(model.tensors, form_of_choice(choice, model.config), 4 if choice.scheme == "fp32" else 2)
+
+
+def _run(situation: Situation, storage: Storage, backend: str) -> Run:
+    model, target = situation.model, situation.target
+    size = prompt_size(model, situation.demand)
+    memory = run_memory(model, storage, size, backend, target.memory == "shared")
+    speed = estimate_speed(model, storage, size, target, backend)
+    return Run(memory, speed, memory.peak <= target.usable_bytes and size.fits)
+
+
+def _changes(plan: Plan) -> list[str]:
+    """Single changes that each make it fit; where none does, the strongest of all together."""
+    if not plan.prompt.fits:
+        return _shorter_prompts(plan)
+    found = [change for find in (_other_scheme, _smaller_chunk, _shorter_context, _smaller_variant)
+             if (change := find(plan)) is not None]
+    return found or ["nothing that vl2 offers makes it fit: take a target with more memory"]
+
+
+def _other_scheme(plan: Plan) -> str | None:
+    options = next((name for name, row in plan.schemes.items() if row[3]), None)
+    return None if options is None else f"{options}: peak {plan.schemes[options][1] / 1e9:.2f} GB"
+
+
+def _smaller_chunk(plan: Plan) -> str | None:
+    demand = plan.situation.demand
+    if demand.prefill_chunk <= _SMALL_CHUNK:
+        return None
+    return _if_it_fits(plan, replace(demand, prefill_chunk=_SMALL_CHUNK), lambda _: f"--prefill-chunk {_SMALL_CHUNK}")
+
+
+def _shorter_context(plan: Plan) -> str | None:
+    memory, model = next(iter(plan.runs.values())).memory, plan.situation.model
+    per_token = memory.kv_cache // plan.prompt.context
+    room = int((plan.situation.target.usable_bytes - memory.peak + memory.kv_cache) // per_token)
+    context = min(room, plan.prompt.context)
+    if context < plan.prompt.prompt_tokens + _SHORTEST_ANSWER:
+        return None
+    assert context <= model.config.language_config.max_position_embeddings
+    return _if_it_fits(plan, replace(plan.situation.demand, context=context), lambda _: f"--context {context}")
+
+
+def _smaller_variant(plan: Plan) -> str | None:
+    name = next((short for short, hub in NAMES.items() if hub == plan.situation.model.name), None)
+    for smaller in reversed(list(NAMES)[:list(NAMES).index(name)] if name else []):
+        other = make_plan(replace(plan.situation, model=planned_model(smaller)))
+        if other.fits:
+            peak = next(iter(other.runs.values())).memory.peak
+            return f"{NAMES[smaller]} {other.options}: peak {peak / 1e9:.2f} GB"
+    return None
+
+
+def _shorter_prompts(plan: Plan) -> list[str]:
+    """Changes of a prompt that leaves no room for an answer in the context."""
+    demand, prompt = plan.situation.demand, plan.prompt
+    found = [f"a context of more than {prompt.prompt_tokens:,} tokens"] if prompt.prompt_tokens < prompt.limit else []
+    most = max((wide * high for wide, high in prompt.crops), default=1)
+    for limit in range(most - 1, 0, -1):
+        shorter = prompt_size(plan.situation.model, replace(demand, max_tiles=limit))
+        if shorter.prompt_tokens + _SHORTEST_ANSWER <= prompt.context:
+            return [*found, f"--max-tiles {limit}: {shorter.prompt_tokens:,} tokens"]
+    return found or ["fewer images or less text"]
+
+
+def _if_it_fits(plan: Plan, demand: Demand, told: Callable[[Run], str]) -> str | None:
+    backend = next(iter(plan.runs))
+    run = _run(replace(plan.situation, demand=demand), plan.storage, backend)
+    return f"{told(run)}: peak {run.memory.peak / 1e9:.2f} GB" if run.fits else None

@@ -1,0 +1,51 @@
+"""Memory where a bundle is made: export, quantization and the build of an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vl2.planning.models import PlannedModel
+from vl2.planning.schemes import EXPERT_FORMS, Choice
+
+# As `vl2 export --dry-run` has it (measured 0.57 GB with the full-size Tiny).
+EXPORT_BYTES = 700 << 20
+# Not measured as a whole: libraries and context; a Small-size layer builds in 0.25 GiB when its weights are inputs
+# (shared/guide/tensorrt.md). The tower's float16 weights are in the engine, and builders hold three copies.
+_BUILDER_BYTES = 1 << 30
+_BUILDER_COPIES = 3
+# As `vl2.quant.demands` and `vl2.calib.demands` count: process, candidates of rows, squared inputs, copies.
+_QUANTIZE_PROCESS_BYTES = 520 << 20
+_HESSIANS_BYTES, _SITE_BYTES = 20 * 4, 8
+_CALIBRATION_TOKENS = 32768
+
+
+@dataclass(frozen=True)
+class WorkstationMemory:
+    """Peak bytes; quantize: calibrated on 32,768 tokens, None where the scheme has floats; build: of an engine."""
+
+    export: int
+    quantize: int | None
+    build: int | None
+
+
+def workstation_memory(model: PlannedModel, choice: Choice | None, engine: bool) -> WorkstationMemory:
+    """choice: None for a model that is stored already; engine: whether the target takes one."""
+    quantized = choice is not None and choice.scheme in EXPERT_FORMS
+    quantize = _quantize_bytes(model, EXPERT_FORMS[choice.scheme][0]) if quantized else None
+    return WorkstationMemory(EXPORT_BYTES, quantize, _build_bytes(model) if engine else None)
+
+
+def _build_bytes(model: PlannedModel) -> int:
+    vision = sum(tensor.parameters for tensor in model.tensors if tensor.module in ("vision", "projector"))
+    return _BUILDER_BYTES + _BUILDER_COPIES * 2 * vision
+
+
+def _quantize_bytes(model: PlannedModel, bits: int) -> int:
+    """One layer's experts with their codes, the matrices of their common input twice as float32, its Hessians."""
+    language = model.config.language_config
+    experts = [tensor for tensor in model.tensors if tensor.module == "experts"]
+    layer = sum(tensor.parameters for tensor in experts[:3])
+    common = sum(tensor.parameters for tensor in experts[:2])
+    hessians = _HESSIANS_BYTES * language.hidden_size**2
+    states = 4 * _CALIBRATION_TOKENS * language.hidden_size
+    return _QUANTIZE_PROCESS_BYTES + layer * (8 + bits) // 8 + _SITE_BYTES * common + hessians + states
