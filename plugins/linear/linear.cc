@@ -44,7 +44,7 @@ class Linear {
     const Tensor y = call.output(0, shape);
     const size_t rows = x.count() / m.columns;
     if (rows == 0) return;
-    Rows input(x.as<const float>(), rows, m.columns, !fast_);
+    Rows input(x.as<const float>(), m.columns, {int64_t(rows), int64_t(m.columns)}, !fast_);
     const Parallel parallel = call.parallel();
     if (fast_) input.round(kernels_, parallel);
     const size_t width = panels_a_task(m, rows), stripes = (m.panels + width - 1) / width;

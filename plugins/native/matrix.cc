@@ -12,10 +12,12 @@ constexpr size_t ROWS_A_TASK = 16;
 
 size_t up_to(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// In the order of Scheme.
+constexpr const char* SCHEMES[] = {"int4", "int8", "fp16", "bf16"};
+
 Scheme scheme_named(const std::string& name, const char* attribute) {
-  static const char* const names[] = {"int4", "int8", "fp16", "bf16"};
   for (int i = 0; i < 4; ++i)
-    if (name == names[i]) return Scheme(i);
+    if (name == SCHEMES[i]) return Scheme(i);
   throw OpError(std::string("`") + attribute + "` is \"" + name + "\", expected int4, int8, fp16 or bf16");
 }
 
@@ -32,23 +34,21 @@ void set_groups(Matrix& m, int64_t group_size, const char* name) {
 
 }  // namespace
 
-Matrix matrix_from(const Attributes& attributes, MatrixNames names, Shape shape, const MatrixNames* fallback) {
+Matrix matrix_from(const Attributes& attributes, MatrixNames names, Shape shape, const Matrix* fallback) {
   for (int64_t side : {shape.rows, shape.columns})
     require(side > 0 && side <= LARGEST_SIDE, "a matrix has a side of " + std::to_string(side) + ", expected 1 to " +
                                                   std::to_string(LARGEST_SIDE));
   Matrix m{};
-  const std::string scheme_default = fallback ? attributes.text(fallback->scheme) : "";
-  const std::string scheme = fallback ? attributes.text(names.scheme, scheme_default.c_str()) : attributes.text(names.scheme);
-  m.scheme = scheme_named(scheme, names.scheme);
+  m.scheme = scheme_named(fallback ? attributes.text(names.scheme, SCHEMES[int(fallback->scheme)])
+                                   : attributes.text(names.scheme), names.scheme);
   m.rows = size_t(shape.rows), m.columns = size_t(shape.columns);
   m.padded_columns = up_to(m.columns, CHUNK);
   m.panels = up_to(m.rows, PANEL_ROWS) / PANEL_ROWS;
-  const std::string widest = fallback ? attributes.text(fallback->scale_dtype, "float16") : "float16";
-  const std::string scales = attributes.text(names.scale_dtype, widest.c_str());
+  const std::string scales = attributes.text(names.scale_dtype, fallback && fallback->wide_scales ? "float32" : "float16");
   require(scales == "float16" || scales == "float32",
           std::string("`") + names.scale_dtype + "` is \"" + scales + "\", expected float16 or float32");
   m.wide_scales = scales == "float32";
-  const int64_t size = fallback ? attributes.integer(fallback->group_size, 0) : 0;
+  const int64_t size = fallback && fallback->groups > 1 ? int64_t(fallback->group_columns) : 0;
   set_groups(m, attributes.integer(names.group_size, size), names.group_size);
   const size_t bits = m.scheme == Scheme::int4 ? 4 : m.scheme == Scheme::int8 ? 8 : 16;
   if (bits < 16) m.scale_bytes = up_to(m.groups * PANEL_ROWS * (m.wide_scales ? 4 : 2), ALIGNMENT);
@@ -72,24 +72,29 @@ bool is_fast(const Attributes& attributes) {
   return mode == "fast";
 }
 
-Rows::Rows(const float* x, size_t rows, size_t columns, bool floats)
-    : rows_(rows), columns_(columns), stride_(up_to(columns, CHUNK)), source_(x), x_(x) {
-  if (stride_ == columns || !floats) return;
-  filled_.resize(rows * stride_);
-  for (size_t row = 0; row < rows; ++row) std::copy_n(x + row * columns, columns, filled_.data() + row * stride_);
-  x_ = filled_.data();
+Rows::Rows(const float* x, size_t stride, Shape shape, bool floats)
+    : rows_(size_t(shape.rows)), columns_(size_t(shape.columns)), padded_(up_to(columns_, CHUNK)), source_stride_(stride),
+      stride_(stride), source_(x), x_(x) {
+  if (padded_ == columns_ || !floats) return;
+  stride_ = padded_;
+  filled_.reset(new float[rows_ * padded_]);
+  for (size_t row = 0; row < rows_; ++row) {
+    float* to = std::copy_n(x + row * stride, columns_, filled_.get() + row * padded_);
+    std::fill(to, filled_.get() + (row + 1) * padded_, 0.0f);
+  }
+  x_ = filled_.get();
 }
 
 void Rows::round(const Kernels& kernels, const Parallel& parallel) {
-  const size_t chunks = stride_ / CHUNK;
-  codes_.resize(rows_ * stride_);
-  scales_.resize(rows_ * chunks);
-  offsets_.resize(2 * rows_ * chunks);
-  activations_ = {codes_.data(), scales_.data(), offsets_.data(), offsets_.data() + rows_ * chunks, stride_, chunks};
+  const size_t chunks = padded_ / CHUNK;
+  codes_.reset(new int8_t[rows_ * padded_]);
+  scales_.reset(new float[rows_ * chunks]);
+  offsets_.reset(new int32_t[2 * rows_ * chunks]);
+  activations_ = {codes_.get(), scales_.get(), offsets_.get(), offsets_.get() + rows_ * chunks, padded_, chunks};
   parallel_for(parallel, (rows_ + ROWS_A_TASK - 1) / ROWS_A_TASK, [&](size_t task) {
     const size_t end = std::min(rows_, (task + 1) * ROWS_A_TASK);
     for (size_t row = task * ROWS_A_TASK; row < end; ++row)
-      kernels.quantize(source_ + row * columns_, columns_, activations_, row);
+      kernels.quantize(source_ + row * source_stride_, columns_, activations_, row);
   });
   rounded_ = true;
 }

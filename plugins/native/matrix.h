@@ -1,14 +1,14 @@
 // A matrix from a node's attributes, and its product with rows of activations as tasks.
 #pragma once
+#include <memory>
 #include <string>
-#include <vector>
 
 #include "native/kernels.h"
 #include "native/op.h"
 
 namespace vl2 {
 
-// Attributes of one matrix by their names in the node; fallback: a matrix whose scheme and group size are the default.
+// Attributes of one matrix by their names in the node.
 struct MatrixNames {
   const char *scheme, *group_size, *scale_dtype;
 };
@@ -16,8 +16,9 @@ struct Shape {
   int64_t rows, columns;
 };
 
-// The layout of layout.py; `data` is null. Throws OpError on what it cannot be.
-Matrix matrix_from(const Attributes& attributes, MatrixNames names, Shape shape, const MatrixNames* fallback = nullptr);
+// The layout of layout.py; `data` is null. fallback: a matrix that is taken after where attributes are missing. Throws
+// OpError on what a matrix cannot be.
+Matrix matrix_from(const Attributes& attributes, MatrixNames names, Shape shape, const Matrix* fallback = nullptr);
 
 inline size_t size_bytes(const Matrix& m) { return m.panels * m.panel_bytes; }
 
@@ -35,8 +36,9 @@ inline bool rounds(const Kernels& kernels, const Matrix& m) {
 // Rows of activations as kernels take them: floats with zeros behind their end, and rounded ones where they are wanted.
 class Rows {
  public:
-  // x: [rows, columns] float32 without gaps; kept by reference where its columns need no filling.
-  Rows(const float* x, size_t rows, size_t columns, bool floats);
+  // x: [rows, columns] float32, a row every `stride`; kept by reference where its columns need no filling. floats: whether
+  // `multiply` will need more than the rounded ones.
+  Rows(const float* x, size_t stride, Shape shape, bool floats);
   // Rounds all rows; to be called before `multiply` with a matrix that `rounds`.
   void round(const Kernels& kernels, const Parallel& parallel);
   // out = rows first … first + count times panels of the matrix, at most ROW_BLOCK rows.
@@ -45,14 +47,14 @@ class Rows {
   size_t rows() const { return rows_; }
 
  private:
-  size_t rows_, columns_, stride_;
+  size_t rows_, columns_, padded_, source_stride_, stride_;
   const float* source_;
   const float* x_;
-  std::vector<float> filled_;
+  // arrays, as vectors would write zeros first
+  std::unique_ptr<float[]> filled_, scales_;
+  std::unique_ptr<int8_t[]> codes_;
+  std::unique_ptr<int32_t[]> offsets_;
   bool rounded_ = false;
-  std::vector<int8_t> codes_;
-  std::vector<float> scales_;
-  std::vector<int32_t> offsets_;
   Activations activations_{};
 };
 

@@ -1,0 +1,140 @@
+#include "experts/feed_forward.h"
+
+#include <algorithm>
+#include <memory>
+
+namespace vl2 {
+namespace {
+
+// A task reads about as many bytes of weights, so that a decode step has enough of them for all threads.
+constexpr size_t TASK_BYTES = 96 << 10;
+// Pairs of panels that a task computes at once into its buffer.
+constexpr size_t PAIR = 2 * PANEL_ROWS;
+constexpr size_t MOST_PANELS = 8;
+
+// One unit's rows of activations before and between its products.
+struct Work {
+  const Unit* unit;
+  std::unique_ptr<float[]> gathered;
+  std::unique_ptr<Rows> input, inner;
+  std::unique_ptr<float[]> hidden;  // [tokens, inner columns], silu(gate) ⊙ up
+
+  size_t rows() const { return unit->tokens.size(); }
+  size_t width() const { return unit->part.gate_up.panels / 2 * PANEL_ROWS; }
+};
+
+struct Task {
+  Work* work;
+  size_t row;
+  Panels pairs;
+};
+
+bool rounded(const Device& d, const Matrix& m) { return d.fast && rounds(d.kernels, m); }
+
+// Rows of x in the order of the unit's tokens; x itself where that is the same.
+void gather(const Device& d, const Tokens& tokens, Work& work) {
+  const std::vector<size_t>& order = work.unit->tokens;
+  const float* x = tokens.x;
+  const bool whole = order.size() == tokens.count;
+  if (!whole) {
+    work.gathered.reset(new float[order.size() * tokens.hidden]);
+    for (size_t i = 0; i < order.size(); ++i)
+      std::copy_n(tokens.x + order[i] * tokens.hidden, tokens.hidden, work.gathered.get() + i * tokens.hidden);
+    x = work.gathered.get();
+  }
+  const Shape shape{int64_t(order.size()), int64_t(tokens.hidden)};
+  work.input = std::make_unique<Rows>(x, tokens.hidden, shape, !rounded(d, work.unit->part.gate_up));
+}
+
+std::vector<Task> cut(std::vector<Work>& works) {
+  std::vector<Task> tasks;
+  for (Work& work : works) {
+    const Matrix& m = work.unit->part.gate_up;
+    const size_t pairs = m.panels / 2, rows = work.rows();
+    const size_t width = std::max<size_t>(1, TASK_BYTES * std::min<size_t>(8, rows) / (2 * m.panel_bytes));
+    for (size_t row = 0; row < rows; row += ROW_BLOCK)
+      for (size_t pair = 0; pair < pairs; pair += width) tasks.push_back({&work, row, {pair, std::min(width, pairs - pair)}});
+  }
+  return tasks;
+}
+
+// silu(gate) ⊙ up of a task's rows and pairs, pair by pair.
+void run_gate_up(const Device& d, const Task& task) {
+  alignas(64) float buffer[ROW_BLOCK * PAIR];
+  Work& work = *task.work;
+  const Matrix& m = work.unit->part.gate_up;
+  const size_t width = work.width(), rows = std::min(ROW_BLOCK, work.rows() - task.row);
+  for (size_t pair = task.pairs.first; pair < task.pairs.first + task.pairs.count; ++pair) {
+    work.input->multiply(d.kernels, m, {2 * pair, 2}, task.row, rows, {buffer, PAIR});
+    d.kernels.swiglu(buffer, PAIR, rows, 1, {work.hidden.get() + task.row * width + pair * PANEL_ROWS, width});
+  }
+}
+
+// One stripe of y: the panels of every unit's product, weighted, added in the order of the units.
+void run_down(const Device& d, const std::vector<Work>& works, Panels panels, float* y, size_t stride) {
+  alignas(64) float buffer[ROW_BLOCK * PAIR];
+  for (const Work& work : works) {
+    const Unit& unit = *work.unit;
+    for (size_t row = 0; row < unit.tokens.size(); row += ROW_BLOCK) {
+      const size_t rows = std::min(ROW_BLOCK, unit.tokens.size() - row);
+      for (size_t panel = panels.first; panel < panels.first + panels.count; panel += 2) {
+        const size_t count = std::min<size_t>(2, panels.first + panels.count - panel);
+        work.inner->multiply(d.kernels, unit.part.down, {panel, count}, row, rows, {buffer, PAIR});
+        for (size_t i = 0; i < rows; ++i)
+          d.kernels.accumulate(y + unit.tokens[row + i] * stride + panel * PANEL_ROWS, buffer + i * PAIR,
+                               unit.weights[row + i], count * PANEL_ROWS);
+      }
+    }
+  }
+}
+
+// Panels of a stripe: few for a decode step, whose threads share the weights, more where they share rows.
+size_t stripe_panels(const std::vector<Work>& works) {
+  size_t bytes = 0, rows = 0;
+  for (const Work& work : works) bytes += work.unit->part.down.panel_bytes, rows = std::max(rows, work.rows());
+  if (rows > 1) return rows > 16 ? MOST_PANELS : 4;
+  return std::clamp<size_t>(TASK_BYTES / std::max<size_t>(1, bytes), 1, MOST_PANELS);
+}
+
+// Adds all units' second products into y, which has a column for every row of the panels.
+void add_down(const Device& d, const std::vector<Work>& works, const Tokens& tokens) {
+  const size_t panels = (tokens.hidden + PANEL_ROWS - 1) / PANEL_ROWS, stride = panels * PANEL_ROWS;
+  const bool direct = stride == tokens.hidden;
+  std::vector<float> filled(direct ? 0 : tokens.count * stride);
+  float* y = direct ? tokens.y : filled.data();
+  const size_t width = stripe_panels(works);
+  parallel_for(d.parallel, (panels + width - 1) / width, [&](size_t stripe) {
+    const size_t first = stripe * width, count = std::min(width, panels - first);
+    for (size_t t = 0; t < tokens.count; ++t) std::fill_n(y + t * stride + first * PANEL_ROWS, count * PANEL_ROWS, 0.0f);
+    run_down(d, works, {first, count}, y, stride);
+  });
+  if (direct) return;
+  for (size_t t = 0; t < tokens.count; ++t) std::copy_n(y + t * stride, tokens.hidden, tokens.y + t * tokens.hidden);
+}
+
+}  // namespace
+
+void run_feed_forward(const Device& d, const std::vector<Unit>& units, const Tokens& tokens) {
+  std::vector<Work> works(units.size());
+  for (size_t i = 0; i < units.size(); ++i) works[i].unit = &units[i];
+  const Parallel alone{nullptr, [](void*, void (*task)(void*, size_t), size_t count, void* data) {
+                         for (size_t i = 0; i < count; ++i) task(data, i);
+                       }};
+  parallel_for(d.parallel, works.size(), [&](size_t i) {
+    const FeedForward& part = units[i].part;
+    gather(d, tokens, works[i]);
+    if (rounded(d, part.gate_up)) works[i].input->round(d.kernels, alone);
+    works[i].hidden.reset(new float[works[i].rows() * works[i].width()]);
+  });
+  const std::vector<Task> tasks = cut(works);
+  parallel_for(d.parallel, tasks.size(), [&](size_t i) { run_gate_up(d, tasks[i]); });
+  parallel_for(d.parallel, works.size(), [&](size_t i) {
+    const Matrix& down = units[i].part.down;
+    const Shape shape{int64_t(works[i].rows()), int64_t(down.columns)};
+    works[i].inner = std::make_unique<Rows>(works[i].hidden.get(), works[i].width(), shape, !rounded(d, down));
+    if (rounded(d, down)) works[i].inner->round(d.kernels, alone);
+  });
+  add_down(d, works, tokens);
+}
+
+}  // namespace vl2
