@@ -14,6 +14,7 @@ from typing import Any
 from vl2.accuracy.bounds import Bounds
 from vl2.accuracy.comparison import run_along
 from vl2.accuracy.journal import refuse_existing
+from vl2.accuracy.layers import read_layers, refuse_other_checkpoint
 from vl2.accuracy.questions import DataOptions, Evaluation, read_questions, refuse_calibrated
 from vl2.accuracy.record import OpenBundle, Progress, RecordOptions, record, recorded_already
 from vl2.accuracy.recording import RECORDING_NAME, Recording
@@ -28,7 +29,7 @@ from vl2.runtime import Model, open_bundle
 class CompareOptions:
     """out: the folder to write, None for none; then an interrupted comparison cannot go on. force: replace `out`.
     record: how a reference bundle is recorded; a recording brings its own. calibration: a calibration set none of whose
-    images may be asked about."""
+    images may be asked about. layers: a report of `vl2 layers` on the bundle's checkpoint, to be joined."""
 
     out: Path | None = None
     force: bool = False
@@ -36,6 +37,7 @@ class CompareOptions:
     record: RecordOptions = field(default_factory=RecordOptions)
     bounds: Bounds = field(default_factory=Bounds)
     calibration: Path | None = None
+    layers: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,10 @@ def compare(reference: Path, bundle: Path, data: Path, options: CompareOptions |
     goes on at the next question. Raises VL2Error for anything that cannot be compared.
     """
     options, surroundings = options or CompareOptions(), surroundings or Surroundings()
-    read_manifest(bundle)  # a wrong path is told before the reference has run for hours
+    manifest = read_manifest(bundle)  # a wrong path is told before the reference has run for hours
+    layers = None if options.layers is None else read_layers(options.layers)
+    if layers is not None:
+        refuse_other_checkpoint(options.layers, layers, manifest)
     with _place(options) as place:
         recording = _recording(reference, data, options, place, surroundings)
         candidate = OpenBundle(bundle, surroundings.open(bundle))
@@ -63,7 +68,7 @@ def compare(reference: Path, bundle: Path, data: Path, options: CompareOptions |
         for row in questions.bad_rows:
             surroundings.say(f"bad row: {row}")
         comparison, journal = run_along(recording, candidate, questions, place, surroundings.progress("comparing"))
-        report = summarise(comparison, options.bounds)
+        report = summarise(comparison, options.bounds, layers)
         if options.out is not None:
             for missing in write_report(journal.folder, report, comparison):
                 surroundings.say(missing)

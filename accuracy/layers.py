@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from vl2.accuracy.tables import Table, number, with_error
+from vl2.accuracy.table import NOTHING, Table, number, with_error
 from vl2.errors import VL2Error
 from vl2.json_file import read_json
+from vl2.manifest import Manifest
 
 SCHEMA_VERSION = 1
 _KEYS = ("vl2_version", "reference", "quantized", "data", "scales_taken_out", "blocks", "routers", "logits", "matrices",
          "unchanged_tensors", "seconds")
+# Of quantization.json: what a quantized checkpoint's codes follow from, beside the checkpoint it was made from.
+MADE_BY = ("recipe", "method", "calibration")
 _SHOWN = 20
 _ALWAYS_SHOWN = ("projector", "logits")
-_NONE = "–"
 
 
 def read_layers(path: Path) -> dict[str, Any]:
@@ -33,15 +36,30 @@ def read_layers(path: Path) -> dict[str, Any]:
     return content
 
 
-def refuse_other_checkpoint(path: Path, layers: Mapping[str, Any], files: Mapping[str, str]) -> None:
-    """Raises VL2Error unless the report is of the quantized checkpoint that a bundle was made from.
+def to_text(layers: Mapping[str, Any]) -> str:
+    """The report as the text of its file."""
+    return json.dumps(layers, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
-    files: sha256 by name of the bundle's source.
+
+def refuse_other_checkpoint(path: Path, layers: Mapping[str, Any], manifest: Manifest) -> None:
+    """Raises VL2Error unless the report `path` is of the quantized checkpoint that a bundle holds.
+
+    A bundle made in one command names the checkpoint it began with; then recipe, method and calibration tell, from
+    which the codes follow.
     """
-    for name, digest in layers["quantized"]["files"].items():
-        if files.get(name) != digest:
-            raise VL2Error(f"{path} measured {layers['quantized']['name']}, whose {name} is not what the bundle was "
-                           "made from", "measure the layers of the quantized checkpoint that was exported")
+    quantized, made = layers["quantized"], manifest.quantization or {}
+    is_its_source = _holds_weights(manifest, quantized)
+    is_made_alike = quantized["recipe"] is not None and _holds_weights(manifest, layers["reference"]) and all(
+        made.get(name) == quantized[name] for name in MADE_BY)
+    if not (is_its_source or is_made_alike):
+        raise VL2Error(f"{path} measured {quantized['name']}, which is not the quantized checkpoint that the bundle "
+                       f"({manifest.source.name}, {manifest.scheme}) was made from",
+                       "export that checkpoint, or measure the layers of the one that was exported")
+
+
+def _holds_weights(manifest: Manifest, source: Mapping[str, Any]) -> bool:
+    return all(manifest.source.files.get(name) == digest for name, digest in source["files"].items()
+               if name.endswith(".safetensors"))
 
 
 def rank(figure: Mapping[str, Any] | None) -> float:
@@ -54,7 +72,7 @@ def rank(figure: Mapping[str, Any] | None) -> float:
 def decibels(figure: Mapping[str, Any] | None) -> str:
     """An SQNR: ∞ without noise, −∞ for noise without a signal."""
     if figure is None:
-        return _NONE
+        return NOTHING
     if figure["sqnr_db"] is None:
         return "∞" if figure["error"] == 0 else "−∞"
     return f"{figure['sqnr_db']:.1f}"
@@ -88,15 +106,15 @@ def _lost(figures: Mapping[str, Any] | None) -> float:
 def _of_kinds(figures: Mapping[str, Any] | None) -> tuple[str, ...]:
     """SQNR of text and image, cosine of text and image."""
     if figures is None:
-        return (_NONE,) * 4
+        return (NOTHING,) * 4
     sides = figures["text"], figures["image"]
-    return (*map(decibels, sides), *(_NONE if side is None else f"{side['cosine']:.6f}" for side in sides))
+    return (*map(decibels, sides), *(NOTHING if side is None else f"{side['cosine']:.6f}" for side in sides))
 
 
 def _routers(layers: Mapping[str, Any]) -> Table:
     header = ("router of layer", "changed: text", "image", "by itself: text", "image", "positions")
     ordered = sorted(layers["routers"], key=lambda row: (-row["all"]["changed_percent"], row["layer"]))
-    rows = tuple((str(row["layer"]), *(_NONE if row[kind] is None else f"{row[kind][key]:.2f} %"
+    rows = tuple((str(row["layer"]), *(NOTHING if row[kind] is None else f"{row[kind][key]:.2f} %"
                                        for key in ("changed_percent", "own_percent") for kind in ("text", "image")),
                   str(row["all"]["positions"])) for row in ordered)
     return Table("Where it was lost: routers", header, rows,
@@ -110,7 +128,7 @@ def _matrices(layers: Mapping[str, Any]) -> Table:
     rows = []
     for row in layers["matrices"][:_SHOWN]:
         output = row["output"]
-        positions = _NONE if output is None or output["all"] is None else str(output["all"]["positions"])
+        positions = NOTHING if output is None or output["all"] is None else str(output["all"]["positions"])
         rows.append((row["tensor"], row["form"] or "float", *_of_kinds(output), decibels(row["weights"]),
                      f"{row['weights']['cosine']:.6f}", positions))
     scales = " The method's scales (AWQ) are taken out of the matrices first." if layers["scales_taken_out"] else ""
@@ -135,7 +153,7 @@ def _modules(layers: Mapping[str, Any]) -> Table:
 
 def _median(figures: Sequence[Mapping[str, Any]]) -> str:
     if not figures:
-        return _NONE
+        return NOTHING
     middle = median(rank(figure) for figure in figures)
     if middle in (0, math.inf):
         return "∞" if middle == 0 else "−∞"
@@ -160,12 +178,13 @@ def _logits(layers: Mapping[str, Any]) -> Table:
 
 def _facts(layers: Mapping[str, Any]) -> Table:
     data, sides = layers["data"], (layers["reference"], layers["quantized"])
-    rows = [("checkpoint", *(side["name"] for side in sides)),
-            ("recipe", _NONE, sides[1]["recipe"] or _NONE), ("method", _NONE, sides[1]["method"] or _NONE)]
+    rows = (("checkpoint", *(side["name"] for side in sides)),
+            ("recipe", NOTHING, (sides[1]["recipe"] or {}).get("name", NOTHING)),
+            ("method", NOTHING, sides[1]["method"] or NOTHING))
     note = (f"Data: {data['path']} ({data['format']}), {data['conversations']} conversations, {data['text_positions']} "
             f"text and {data['image_positions']} image positions, {len(data['bad_rows'])} of {data['rows']} rows bad, "
             f"sha256 {data['sha256']}. Float32 arithmetic in PyTorch on the weights as they are stored. Written by vl2 "
             f"{layers['vl2_version']} in {layers['seconds']} s.")
-    if data["sha256"] == sides[1].get("calibration_sha256"):
+    if data["sha256"] == (sides[1]["calibration"] or {}).get("sha256"):
         note += " The quantized checkpoint was calibrated on these very data: on others it loses more."
-    return Table("What was measured", ("", "reference", "quantized"), tuple(rows), note)
+    return Table("What the layers were measured on", ("", "reference", "quantized"), rows, note)

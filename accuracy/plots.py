@@ -23,7 +23,7 @@ def draw_plots(comparison: Comparison, report: dict[str, Any]) -> list[tuple[str
     except ModuleNotFoundError:
         return None
     drawn = []
-    for draw in (_tail_of_kld, _change_of_p, _tasks):
+    for draw in (_tail_of_kld, _change_of_p, _tasks, _layers):
         figure = Figure(figsize=(8, 4), layout="constrained")
         FigureCanvasAgg(figure)
         if caption := draw(figure.subplots(), comparison, report):
@@ -72,3 +72,29 @@ def _tasks(axes: Any, comparison: Comparison, report: dict[str, Any]) -> str:
     reach = 1.05 * max(_LEAST_RANGE, float(np.abs([middle, low, high]).max()))
     axes.set(xlabel="difference to the reference, points", xlim=(-reach, reach))
     return "Change of each task's figure with its 95 % interval (paired bootstrap over images); in brackets: questions."
+
+
+def _layers(axes: Any, comparison: Comparison, report: dict[str, Any]) -> str:
+    if not report["layers"]:
+        return ""
+    blocks = [row for row in report["layers"]["blocks"] if row["own"] is not None]
+    at = np.arange(len(blocks))
+    for kind, colour in (("text", "tab:blue"), ("image", "tab:orange")):
+        for side, style in (("stream", "-"), ("own", "o")):
+            axes.plot(at, [_decibels(row[side][kind]) for row in blocks], style, color=colour, markersize=4,
+                      label=f"{kind}, {'as both run' if side == 'stream' else 'the block alone'}")
+    axes.set_xticks(at, [row["block"] for row in blocks], rotation=90, fontsize=6)
+    axes.set(ylabel="SQNR, dB")
+    axes.legend(fontsize=7)
+    changed = {f"layers.{row['layer']}.mlp": row["all"]["changed_percent"] for row in report["layers"]["routers"]}
+    bars = [changed.get(row["block"], 0.0) for row in blocks]
+    if any(bars):
+        right = axes.twinx()
+        right.bar(at, bars, color="grey", alpha=0.3)
+        right.set(ylabel="positions with other experts, %", ylim=(0, 4 * max(bars)))
+    return ("Signal to quantization noise behind each block as both models run, and of each block alone on the "
+            "reference's input; no mark where nothing is lost. Bars: positions whose set of experts changed.")
+
+
+def _decibels(figure: dict[str, Any] | None) -> float:
+    return np.nan if figure is None or figure["sqnr_db"] is None else figure["sqnr_db"]

@@ -11,7 +11,8 @@ from typing import Any
 
 from vl2.accuracy.comparison import Comparison
 from vl2.accuracy.questions import Question
-from vl2.accuracy.tables import Table, tables_of
+from vl2.accuracy.table import Table
+from vl2.accuracy.tables import tables_of
 
 REPORT_NAME = "report.json"
 _NO_PLOTS = "matplotlib is not installed, so this page has no plots: pip install 'vl2-edge[report]'."
@@ -47,7 +48,12 @@ def title_of(report: dict[str, Any]) -> str:
 
 def to_markdown(report: dict[str, Any]) -> str:
     """The report as Markdown."""
-    return f"# {title_of(report)}\n" + "".join(_markdown_table(table) for table in tables_of(report))
+    return markdown_page(title_of(report), tables_of(report))
+
+
+def markdown_page(title: str, tables: Sequence[Table]) -> str:
+    """Tables under a title."""
+    return f"# {title}\n" + "".join(_markdown_table(table) for table in tables)
 
 
 def _markdown_table(table: Table) -> str:

@@ -22,8 +22,9 @@ SCHEMA_VERSION = 1
 _PERCENTILES = {"median": 50, "p90": 90, "p99": 99, "p99_9": 99.9}
 
 
-def summarise(comparison: Comparison, bounds: Bounds) -> dict[str, Any]:
-    """The report: logit level by kind of position, tasks, answers, and whether the bounds hold."""
+def summarise(comparison: Comparison, bounds: Bounds, layers: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The report: logit level by kind of position, tasks, answers, and whether the bounds hold; layers: the report of
+    `vl2 layers` on the same checkpoints, which is taken in as it is."""
     recording, data = comparison.recording, comparison.data
     tasks, overall = task_figures(comparison)
     logits = {name: logit_figures(comparison.positions, kind) for name, kind in KINDS.items()}
@@ -37,17 +38,18 @@ def summarise(comparison: Comparison, bounds: Bounds) -> dict[str, Any]:
         "options": {"max_new_tokens": recording.facts.max_new_tokens, "top": recording.facts.top,
                     "exact": recording.facts.top >= recording.facts.bundle.vocab_size},
         "logits": logits,
-        "not_measured": _not_measured(logits),
+        "not_measured": _not_measured(logits, layers),
         "tasks": tasks, "overall": overall, "answers": answer_figures(comparison),
-        "worst_questions": worst_questions(comparison),
+        "worst_questions": worst_questions(comparison), "layers": layers,
         "seconds": round(comparison.seconds, 1),
     }
     return {**report, "bounds": to_json(check_bounds(report, bounds))}
 
 
-def _not_measured(logits: dict[str, Any]) -> list[str]:
-    missing = ["image positions: a bundle's decoder gives the logits of the last position of a chunk only",
-               "layers and router choices: a bundle's graphs have no such outputs"]
+def _not_measured(logits: dict[str, Any], layers: dict[str, Any] | None) -> list[str]:
+    missing = [] if layers is not None else [
+        "image positions, which a bundle's decoder gives no logits of, layers and router choices: `vl2 layers` does, "
+        "between the checkpoints, and --layers takes its file"]
     return missing if logits["text"] else ["the prompt's text positions: recorded without --prompt-text", *missing]
 
 

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-_NONE = "–"
-
-
-@dataclass(frozen=True)
-class Table:
-    """title; header; rows of texts; note: what the reader must know, may be empty."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
+from vl2.accuracy.layers import layer_tables
+from vl2.accuracy.table import NOTHING, Table, number, with_error
 
 
 def tables_of(report: dict[str, Any]) -> list[Table]:
     """Every table of a report, in reading order."""
-    found = [_bounds(report), _logits(report), _tasks(report), _answers(report), _worst(report), _facts(report)]
+    layers = layer_tables(report["layers"]) if report["layers"] else []
+    found = [_bounds(report), _logits(report), _tasks(report), _answers(report), _worst(report), *layers,
+             _facts(report)]
     return [table for table in found if table.rows]
 
 
@@ -47,7 +39,8 @@ def _logits(report: dict[str, Any]) -> Table:
     if not report["options"]["exact"]:
         notes.append(f"Of each position the {report['options']['top']} likeliest tokens were recorded: the mean KLD is "
                      f"at least what stands here and at most {number(answer['kld']['mean_at_most'])}.")
-    notes.append("Not measured: " + "; ".join(report["not_measured"]) + ".")
+    if report["not_measured"]:
+        notes.append("Not measured: " + "; ".join(report["not_measured"]) + ".")
     return Table("Distributions", header, tuple(rows), " ".join(notes))
 
 
@@ -75,9 +68,9 @@ def _tasks(report: dict[str, Any]) -> Table:
 def _answers(report: dict[str, Any]) -> Table:
     answers = report["answers"]
     ratio = answers["length_ratio"]
-    rows = (("the same tokens", _NONE, _percent(answers["equal_percent"])),
-            ("the same text but for case and blanks", _NONE, _percent(answers["equal_normalised_percent"])),
-            ("mean edit similarity", _NONE, _percent(answers["similarity_percent"])),
+    rows = (("the same tokens", NOTHING, _percent(answers["equal_percent"])),
+            ("the same text but for case and blanks", NOTHING, _percent(answers["equal_normalised_percent"])),
+            ("mean edit similarity", NOTHING, _percent(answers["similarity_percent"])),
             ("loops or token limit", _percent(answers["reference_loop_percent"]),
              _percent(answers["candidate_loop_percent"])),
             ("tokens", str(answers["reference_tokens"]), str(answers["candidate_tokens"])
@@ -89,8 +82,8 @@ def _answers(report: dict[str, Any]) -> Table:
 def _worst(report: dict[str, Any]) -> Table:
     rows = tuple((row["source"], row["task"], number(row["kld"]), row["expected"], row["reference"], row["candidate"])
                  for row in report["worst_questions"])
-    return Table("Where it was lost", ("row", "task", "mean KLD", "expected", "reference", "candidate"), rows,
-                 "The questions with the largest mean KLD, worst first.")
+    header = ("row", "task", "mean KLD", "expected", "reference", "candidate")
+    return Table("Where it was lost: questions", header, rows, "The questions with the largest mean KLD, worst first.")
 
 
 def _facts(report: dict[str, Any]) -> Table:
@@ -99,8 +92,8 @@ def _facts(report: dict[str, Any]) -> Table:
             (("bundle", "path"), ("variant", "variant"), ("scheme", "scheme"), ("lowering", "lowering"),
              ("source", "source"), ("manifest sha256", "manifest_sha256"), ("ran on", "backend"))]
     rows.append(("size", *(f"{side['size_bytes'] / 1e9:.3f} GB" for side in sides)))
-    methods = [(side["quantization"] or {}).get("method", _NONE) for side in sides]
-    if any(method != _NONE for method in methods):
+    methods = [(side["quantization"] or {}).get("method", NOTHING) for side in sides]
+    if any(method != NOTHING for method in methods):
         rows.append(("quantized by", *methods))
     data = report["data"]
     note = (f"Data: {data['path']} ({data['format']}), {data['questions']} questions on {data['images']} images, "
@@ -111,15 +104,5 @@ def _facts(report: dict[str, Any]) -> Table:
     return Table("What was compared", ("", "reference", "candidate"), tuple(rows), note + bad)
 
 
-def number(value: float | None) -> str:
-    """Three significant digits."""
-    return _NONE if value is None else f"{value:.3g}"
-
-
-def with_error(value: float, error: float | None, unit: str = "", digits: int = 4) -> str:
-    """value ± error, or the value alone where the error is not known."""
-    return f"{value:.{digits}g}{unit}" + ("" if error is None else f" ± {error:.2g}{unit}")
-
-
 def _percent(value: float | None) -> str:
-    return _NONE if value is None else f"{value:.2f} %"
+    return NOTHING if value is None else f"{value:.2f} %"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vl2 import __version__
-from vl2.accuracy.layers import SCHEMA_VERSION, rank
+from vl2.accuracy.layers import MADE_BY, SCHEMA_VERSION, rank
 from vl2.calib.data import CalibrationData
 from vl2.json_file import read_json
 from vl2.layerwise.checkpoints import Pair
@@ -33,11 +33,10 @@ def to_report(pair: Pair, made_from: tuple[list[dict[str, Any]], CalibrationData
 
 
 def _description(folder: Path) -> dict[str, Any]:
-    """Recipe, method and calibration of a checkpoint that vl2 quantized; None of any other."""
+    """Recipe, method and calibration of a checkpoint that vl2 quantized; None each of any other."""
     path = folder / DESCRIPTION_NAME
     facts = read_json(path) if path.is_file() else {}
-    return {"recipe": facts.get("recipe", {}).get("name"), "method": facts.get("method"),
-            "calibration_sha256": (facts.get("calibration") or {}).get("sha256")}
+    return {name: facts.get(name) for name in MADE_BY}
 
 
 def _data(data: CalibrationData) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class _Stem(nn.Module):
 class _LastNorm(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.norm = VisionTower(config).norm
+        self.norm = VisionTower(replace(config, layers=1)).norm
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x)

@@ -98,7 +98,7 @@ def test_the_files_of_a_report(
     assert page.count("data:image/png;base64,") == 3
     assert not re.findall(r'(?:src|href)="(?!data:)', page) and "http" not in re.sub(r"base64,[^\"]*", "", page)
     markdown = (tmp_path / "out" / "report.md").read_text()
-    for title in ("Distributions", "Tasks", "Answers", "Where it was lost", "What was compared"):
+    for title in ("Distributions", "Tasks", "Answers", "Where it was lost: questions", "What was compared"):
         assert f"## {title}\n" in markdown and f"<h2>{title}</h2>" in page
     rows = predictions(tmp_path / "out" / "predictions.tsv")
     assert rows[4]["prediction"] == candidate.model.ask("Two and two?", options=GenerationOptions(8)).text

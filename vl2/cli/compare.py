@@ -22,6 +22,8 @@ from vl2.cli.options import bundle_options, debug_option, json_option, open_as_a
               help="For rows that name none, instead of what their task suggests.")
 @click.option("--calib", type=click.Path(path_type=Path),
               help="The calibration set of BUNDLE: questions on its images are refused.")
+@click.option("--layers", type=click.Path(path_type=Path),
+              help="What `vl2 layers` wrote on BUNDLE's checkpoint, for the same report.")
 @click.option("--force", is_flag=True, help="Replace an existing report once the new one is whole.")
 @bundle_options
 @json_option
@@ -35,12 +37,12 @@ def command(reference: Path, bundle: Path, as_json: bool, **choices: Any) -> int
     from vl2.accuracy.bounds import Bounds
     from vl2.accuracy.compare import CompareOptions, Surroundings, compare
     from vl2.accuracy.report import to_markdown
-    from vl2.accuracy.tables import number
+    from vl2.accuracy.table import number
 
     _refuse_what_a_recording_decides(reference, choices)
     options = CompareOptions(choices.pop("out"), choices.pop("force"), to_data_options(choices),
                              to_record_options(choices), Bounds(choices.pop("max_kld"), choices.pop("min_recovery")),
-                             choices.pop("calib"))
+                             choices.pop("calib"), choices.pop("layers"))
     data = choices.pop("data")
     surroundings = Surroundings(lambda folder: open_as_asked(folder, dict(choices)), RowProgress,
                                 lambda message: click.echo(message, err=True))
