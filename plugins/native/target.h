@@ -19,7 +19,8 @@
 #define VL2_TARGET_AVXVNNI VL2_TARGET("avx2,fma,f16c,avxvnni")
 #define VL2_TARGET_AVX512 VL2_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
 #define VL2_TARGET_AVX512VNNI VL2_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
-#define VL2_TARGET_DOTPROD VL2_TARGET("+dotprod")
+// GCC before 13 inlines the intrinsics only where the architecture is named too
+#define VL2_TARGET_DOTPROD VL2_TARGET("arch=armv8.2-a+dotprod")
 
 // AVX-VNNI's intrinsics came with GCC 11 and Clang 12.
 #if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
