@@ -51,8 +51,9 @@ def test_float_weights_count_whole_and_measure_less_by_the_experts_that_no_token
 def test_a_run_of_nano_takes_what_is_planned(nano_bundle: Path, images: int) -> None:
     given = ["--image", str(ROOT / "nano" / "demo.png")] * images
     code = "import sys; from vl2.cli import main; sys.exit(main())"
-    done = subprocess.run([sys.executable, "-c", code, "run", str(nano_bundle), *given, "--prompt", "What is the total?",
-                           "--json", "--no-hash-check", "--device", "cpu"], capture_output=True, text=True)
+    options = ["--prompt", "What is the total?", "--json", "--no-hash-check", "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", code, "run", str(nano_bundle), *given, *options],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     model = planned_model(str(nano_bundle))
