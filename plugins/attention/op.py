@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vl2.model.attention import Attention, Rope
 from vl2.model.rope import apply_rope
 from vl2.plugins.attention.cache import causal_softmax, read_rows, starts_of, write_rows
+from vl2.plugins.attention.node import attention_node
 
 OP_TYPE = "Attention"
 # The node's inputs in the order of the signature below; those without a tensor are left out at the end.
@@ -79,9 +80,7 @@ class TracedAttention(nn.Module):
         tensors = (self.q_proj(x), self.k_proj(x), self.v_proj(x), *rope, *past)
         scale = self.head_dim**-0.5
         if torch.compiler.is_exporting():
-            # the tracer wraps an operator that writes its inputs into one that ONNX cannot express
-            y = torch.onnx.ops.symbolic(f"vl2::{OP_TYPE}", tensors, {"scale": scale}, dtype=x.dtype,
-                                        shape=tensors[0].shape, version=1)  # fmt: skip
+            y = attention_node(tensors, OP_TYPE, scale)
         else:
             y = attention(*tensors, *[None] * (len(INPUTS) - len(tensors)), scale)
         return self.o_proj(y), ()

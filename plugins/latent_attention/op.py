@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vl2.model.attention import LatentAttention, Rope
 from vl2.model.rope import apply_rope, deinterleave
 from vl2.plugins.attention.cache import causal_softmax, read_rows, starts_of, write_rows
+from vl2.plugins.attention.node import attention_node
 
 OP_TYPE = "LatentAttention"
 # The node's inputs in the order of the signature below; cache_scale is left out where there is none.
@@ -83,9 +84,7 @@ class TracedLatentAttention(nn.Module):
         query = q_nope.transpose(1, 2) @ w_k
         tensors = (query, q_rope, self.kv_a_layernorm(latent), key_rope, *rope, *past)
         if torch.compiler.is_exporting():
-            # the tracer wraps an operator that writes its inputs into one that ONNX cannot express
-            y = torch.onnx.ops.symbolic(f"vl2::{OP_TYPE}", tensors, {"scale": self.scale}, dtype=x.dtype,
-                                        shape=query.shape, version=1)  # fmt: skip
+            y = attention_node(tensors, OP_TYPE, self.scale)
         else:
             y = latent_attention(*tensors, *[None] * (len(INPUTS) - len(tensors)), self.scale)
         return self.o_proj((y @ w_v.transpose(1, 2)).transpose(1, 2).flatten(2)), ()
