@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -77,6 +77,19 @@ def embed_calibration(
     whole.replace(out)
     discard_unfinished(out)
     return description
+
+
+def embed_again(checkpoint: Path, samples: Sequence[CheckedSample], replaced: Mapping[str, Tensor]) -> Tensor:
+    """Embeddings [tokens, H] float32 of conversations, as `embed_calibration` makes them, with other tensors in tower
+    and projector, by the checkpoint's names."""
+    weights, processor = open_weights(checkpoint), Processor.from_folder(checkpoint)
+    hidden = []
+    for checked in samples:
+        prompt = processor.encode(checked.sample.opened(), inference=not checked.sample.is_answered)
+        with torch.inference_mode():
+            features = encode_tiles(weights, torch.from_numpy(prompt.tiles), {}, lambda: None, replaced)
+            hidden.append(merge_prompt(weights, prompt, features))
+    return torch.cat(hidden)
 
 
 def discard_unfinished(out: Path) -> None:

@@ -57,11 +57,11 @@ class AttentionPart(nn.Module):
         self.self_attn.absorbed = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [T, H], one sequence; same shape out."""
-        tokens = len(x)
+        """x: [T, H], one sequence, or [B, T, H], versions of it; same shape out."""
+        tokens, batch = x.shape[-2], x if x.dim() == 3 else x[None]
         mask = additive_mask(torch.ones(1, tokens, dtype=torch.bool), tokens, x.dtype)
         rope = rope_tables(self.config, torch.arange(tokens)[None], tokens)
-        return x + self.self_attn(self.input_layernorm(x[None]), mask, rope, ())[0][0]
+        return x + self.self_attn(self.input_layernorm(batch), mask, rope, ())[0].view_as(x)
 
 
 class DensePart(nn.Module):

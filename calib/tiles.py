@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from vl2.calib.layer import Replaced
 from vl2.calib.statistics import Moments, record_inputs
 from vl2.calib.weights import Weights, load_part
 from vl2.model.projector import Projector
@@ -25,8 +26,12 @@ Advance = Callable[[], None]
 
 
 @torch.inference_mode()
-def encode_tiles(weights: Weights, tiles: Tensor, moments: dict[str, Moments], advance: Advance) -> Tensor:
+def encode_tiles(
+    weights: Weights, tiles: Tensor, moments: dict[str, Moments], advance: Advance, replaced: Replaced | None = None
+) -> Tensor:
     """[N, 3, S, S] normalised pixels to [N, h², H] float32, as `DeepseekVL2.encode_tiles`.
+
+    replaced: tensors of blocks and projector that stand for the file's, by the file's names.
 
     Adds what enters each Linear to `moments`, named `vision_{i}/{site}` and `projector/layers.{i}`; calls `advance`
     after each of `tile_steps` parts.
@@ -38,12 +43,12 @@ def encode_tiles(weights: Weights, tiles: Tensor, moments: dict[str, Moments], a
     x = torch.cat([patch_embed(part) for part in tiles.split(_AT_ONCE)])
     x += weights.parameter("vision.pos_embed")
     for i in range(config.layers):
-        block = load_part(weights, lambda: VisionBlock(config), f"vision.blocks.{i}.")
+        block = load_part(weights, lambda: VisionBlock(config), f"vision.blocks.{i}.", replaced)
         linears = {f"vision_{i}/{site}": block.get_submodule(name) for site, name in BLOCK_SITES.items()}
         x = _apply(block, x, linears, moments)
         advance()
     norm = load_part(weights, lambda: VisionTower(config).norm, "vision.norm.")
-    projector = load_part(weights, lambda: Projector(weights.config.projector_config), "projector.")
+    projector = load_part(weights, lambda: Projector(weights.config.projector_config), "projector.", replaced)
     linears = {f"projector/layers.{i}": layer for i, layer in enumerate(projector.layers)
                if isinstance(layer, nn.Linear)}
     features = _apply(nn.Sequential(norm, projector), x, linears, moments)

@@ -47,6 +47,10 @@ PLANNED_MEMORY = 0.10
 LAYER_ERROR = 3e-3
 LAYER_COSINE = 1e-6
 
+# Mean KLD of two forms of one float32 computation: logits agree to SAME_LOGITS, and a KLD of d has a derivative of at
+# most about √(2d) by them; near 0 it is their square.
+SAME_KLD = Bound(1e-8, 2e-3)
+
 
 def max_difference(got: object, want: object) -> float:
     """The largest |got − want|, for messages and for the figures of docs/results.md."""
