@@ -51,5 +51,7 @@ def _check_recovery(tasks: list[dict[str, Any]], limit: float) -> BoundCheck:
         return BoundCheck("--min-recovery", limit, None, False, "the reference scores 0 on every task")
     worst, task = min(found)
     untold = len(tasks) - len(found)
-    detail = f"worst task: {task}" + (f"; {untold} where the reference scores 0 say nothing" if untold else "")
+    detail = f"worst task: {task}; mean {sum(value for value, _ in found) / len(found):.2f} %"
+    if untold:
+        detail += f"; {untold} where the reference scores 0 say nothing"
     return BoundCheck("--min-recovery", limit, worst, worst >= limit, detail)

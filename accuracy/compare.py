@@ -19,7 +19,7 @@ from vl2.accuracy.questions import DataOptions, Evaluation, read_questions, refu
 from vl2.accuracy.record import OpenBundle, Progress, RecordOptions, record, recorded_already
 from vl2.accuracy.recording import RECORDING_NAME, Recording
 from vl2.accuracy.report import REPORT_NAME, write_report
-from vl2.accuracy.summary import summarise
+from vl2.accuracy.summary import Joined, floor_figures, summarise
 from vl2.errors import VL2Error
 from vl2.manifest import MANIFEST_NAME, read_manifest
 from vl2.runtime import Model, open_bundle
@@ -29,7 +29,8 @@ from vl2.runtime import Model, open_bundle
 class CompareOptions:
     """out: the folder to write, None for none; then an interrupted comparison cannot go on. force: replace `out`.
     record: how a reference bundle is recorded; a recording brings its own. calibration: a calibration set none of whose
-    images may be asked about. layers: a report of `vl2 layers` on the bundle's checkpoint, to be joined."""
+    images may be asked about. layers: a report of `vl2 layers` on the bundle's checkpoint, to be joined. floor: a
+    bundle of the reference's weights stored otherwise, such as fp32 for fp16: what it loses is noise."""
 
     out: Path | None = None
     force: bool = False
@@ -38,6 +39,7 @@ class CompareOptions:
     bounds: Bounds = field(default_factory=Bounds)
     calibration: Path | None = None
     layers: Path | None = None
+    floor: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,17 @@ def compare(reference: Path, bundle: Path, data: Path, options: CompareOptions |
     layers = None if options.layers is None else read_layers(options.layers)
     if layers is not None:
         refuse_other_checkpoint(options.layers, layers, manifest)
+    if options.floor is not None:
+        read_manifest(options.floor)
     with _place(options) as place:
         recording = _recording(reference, data, options, place, surroundings)
+        floor = _floor(recording, data, options, place, surroundings)
         candidate = OpenBundle(bundle, surroundings.open(bundle))
         questions = _questions(data, candidate, options)
         for row in questions.bad_rows:
             surroundings.say(f"bad row: {row}")
         comparison, journal = run_along(recording, candidate, questions, place, surroundings.progress("comparing"))
-        report = summarise(comparison, options.bounds, layers)
+        report = summarise(comparison, options.bounds, Joined(layers, floor))
         if options.out is not None:
             for missing in write_report(journal.folder, report, comparison):
                 surroundings.say(missing)
@@ -76,6 +81,7 @@ def compare(reference: Path, bundle: Path, data: Path, options: CompareOptions |
                 shutil.rmtree(journal.folder / "reference", ignore_errors=True)
                 os.rename(recording.folder, journal.folder / "reference")
             journal.publish()
+            shutil.rmtree(_floor_place(place), ignore_errors=True)
     return report
 
 
@@ -109,6 +115,21 @@ def _recording(
         return found
     forced = RecordOptions(options.record.walk, options.record.top, force=True)
     return record(opened, questions, own, forced, surroundings.progress("recording the reference"))
+
+
+def _floor_place(place: Path) -> Path:
+    return place.parent / f".{place.name}.floor"
+
+
+def _floor(recording: Recording, data: Path, options: CompareOptions, place: Path, surroundings: Surroundings
+           ) -> dict[str, Any] | None:
+    """What the floor bundle's logits are away from the recording; its rows are kept until the report is written."""
+    if options.floor is None:
+        return None
+    opened = OpenBundle(options.floor, surroundings.open(options.floor))
+    found, _ = run_along(recording, opened, _questions(data, opened, options), _floor_place(place) / "rows",
+                         surroundings.progress("measuring the noise floor"))
+    return floor_figures(found)
 
 
 def _questions(data: Path, bundle: OpenBundle, options: CompareOptions) -> Evaluation:

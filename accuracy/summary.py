@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,23 @@ SCHEMA_VERSION = 1
 _PERCENTILES = {"median": 50, "p90": 90, "p99": 99, "p99_9": 99.9}
 
 
-def summarise(comparison: Comparison, bounds: Bounds, layers: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The report: logit level by kind of position, tasks, answers, and whether the bounds hold; layers: the report of
-    `vl2 layers` on the same checkpoints, which is taken in as it is."""
+@dataclass(frozen=True)
+class Joined:
+    """What a report takes in as it is. layers: the report of `vl2 layers` on the same checkpoints; floor: of
+    `floor_figures`."""
+
+    layers: dict[str, Any] | None = None
+    floor: dict[str, Any] | None = None
+
+
+def floor_figures(comparison: Comparison) -> dict[str, Any]:
+    """What the reference's own weights lose when they are stored as another bundle has them."""
+    return {"bundle": asdict(comparison.candidate),
+            "logits": {name: logit_figures(comparison.positions, kind) for name, kind in KINDS.items()}}
+
+
+def summarise(comparison: Comparison, bounds: Bounds, joined: Joined = Joined()) -> dict[str, Any]:
+    """The report: logit level by kind of position, tasks, answers, and whether the bounds hold."""
     recording, data = comparison.recording, comparison.data
     tasks, overall = task_figures(comparison)
     logits = {name: logit_figures(comparison.positions, kind) for name, kind in KINDS.items()}
@@ -38,9 +52,9 @@ def summarise(comparison: Comparison, bounds: Bounds, layers: dict[str, Any] | N
         "options": {"max_new_tokens": recording.facts.max_new_tokens, "top": recording.facts.top,
                     "exact": recording.facts.top >= recording.facts.bundle.vocab_size},
         "logits": logits,
-        "not_measured": _not_measured(logits, layers),
+        "not_measured": _not_measured(logits, joined.layers),
         "tasks": tasks, "overall": overall, "answers": answer_figures(comparison),
-        "worst_questions": worst_questions(comparison), "layers": layers,
+        "worst_questions": worst_questions(comparison), "layers": joined.layers, "floor": joined.floor,
         "seconds": round(comparison.seconds, 1),
     }
     return {**report, "bounds": to_json(check_bounds(report, bounds))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from vl2.accuracy.layers import layer_tables
@@ -25,16 +26,15 @@ def _bounds(report: dict[str, Any]) -> Table:
 def _logits(report: dict[str, Any]) -> Table:
     header = ("positions", "count", "KLD mean ± SE", "median", "90 %", "99 %", "99.9 %", "max", "same top-1",
               "RMS Δp", "perplexity ratio ± SE")
-    rows = []
-    for name, figures in report["logits"].items():
-        if figures is None:
-            continue
-        kld, agreement, perplexity = figures["kld"], figures["same_top1_percent"], figures["perplexity"]
-        rows.append((name, str(figures["positions"]), with_error(kld["mean"], kld["se"]),
-                     *(number(kld[key]) for key in ("median", "p90", "p99", "p99_9", "max")),
-                     with_error(agreement["mean"], agreement["se"], " %"), f"{figures['rms_delta_p_percent']:.2f} %",
-                     with_error(perplexity["ratio"], perplexity["ratio_se"], digits=5)))
+    rows = [_distribution(name, figures) for name, figures in report["logits"].items() if figures is not None]
+    floor = report["floor"]
+    if floor is not None:
+        rows += [_distribution(f"{name}, noise floor", figures) for name, figures in floor["logits"].items()
+                 if figures is not None]
     notes = ["KLD in nats, along the reference's own answers; standard errors are clustered by image."]
+    if floor is not None:
+        notes.append(f"Noise floor: the same weights as {Path(floor['bundle']['path']).name} "
+                     f"({floor['bundle']['scheme']}) stores them. A loss of that size is none.")
     answer = report["logits"]["answer"]
     if not report["options"]["exact"]:
         notes.append(f"Of each position the {report['options']['top']} likeliest tokens were recorded: the mean KLD is "
@@ -42,6 +42,14 @@ def _logits(report: dict[str, Any]) -> Table:
     if report["not_measured"]:
         notes.append("Not measured: " + "; ".join(report["not_measured"]) + ".")
     return Table("Distributions", header, tuple(rows), " ".join(notes))
+
+
+def _distribution(name: str, figures: dict[str, Any]) -> tuple[str, ...]:
+    kld, agreement, perplexity = figures["kld"], figures["same_top1_percent"], figures["perplexity"]
+    return (name, str(figures["positions"]), with_error(kld["mean"], kld["se"]),
+            *(number(kld[key]) for key in ("median", "p90", "p99", "p99_9", "max")),
+            with_error(agreement["mean"], agreement["se"], " %"), f"{figures['rms_delta_p_percent']:.2f} %",
+            with_error(perplexity["ratio"], perplexity["ratio_se"], digits=5))
 
 
 def _tasks(report: dict[str, Any]) -> Table:
@@ -60,8 +68,7 @@ def _tasks(report: dict[str, Any]) -> Table:
     valid = [f"{task['task']}: {task['reference_valid_percent']:.1f} % of the reference's answers are valid boxes, "
              f"{task['candidate_valid_percent']:.1f} % of the candidate's"
              for task in report["tasks"] if "reference_valid_percent" in task]
-    mean = overall and overall[0]["mean_recovery_percent"]
-    means = [f"Mean recovery of the tasks: {mean:.2f} %."] if mean else []
+    means = [f"Mean recovery of the tasks: {_percent(row['mean_recovery_percent'])}." for row in overall]
     return Table("Tasks", header, rows, " ".join([note, *means, *(f"{line}." for line in valid)]))
 
 

@@ -64,7 +64,7 @@ def _relaxed_equal(prediction: str, reference: str) -> bool:
 
 
 def _number(text: str) -> float | None:
-    plain = re.fullmatch(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(%?)", text)
+    plain = re.fullmatch(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(%?)", text)
     return float(plain[1]) / (100 if plain[2] else 1) if plain else None
 
 

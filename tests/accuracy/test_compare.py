@@ -172,6 +172,21 @@ def test_a_reference_bundle_is_recorded_into_the_report(
     assert (tmp_path / "out" / "reference" / "recording.json").is_file()
 
 
+def test_a_noise_floor_stands_beside_the_loss(
+    report: dict, recording: Path, reference_bundle: Path, candidate_bundle: Path, questions_file: Path, tmp_path
+) -> None:
+    options = replace(OPTIONS, floor=reference_bundle, out=tmp_path / "out")
+    found = compare(recording, candidate_bundle, questions_file, options)
+    answer = found["floor"]["logits"]["answer"]
+    assert answer["kld"]["max"] == 0 and answer["positions"] == found["logits"]["answer"]["positions"]
+    assert found["logits"] == report["logits"], "the floor changes nothing else"
+    assert "| answer, noise floor | 40 | 0 ± 0 |" in to_markdown(found) and report["floor"] is None
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # The candidate as its own floor: what it loses is all noise.
+    itself = compare(recording, candidate_bundle, questions_file, replace(OPTIONS, floor=candidate_bundle))
+    assert itself["floor"]["logits"] == itself["logits"]
+
+
 def test_what_is_no_reference_is_refused(candidate_bundle: Path, questions_file: Path, tmp_path) -> None:
     with pytest.raises(VL2Error, match="neither a bundle nor a recording"):
         compare(tmp_path, candidate_bundle, questions_file)
@@ -231,6 +246,7 @@ def fake_report(recoveries: list[float | None], kld: tuple[float, float] = (0.00
 def test_the_worst_task_decides_the_recovery() -> None:
     check, = check_bounds(fake_report([100.0, 97.2, None]), Bounds(min_recovery=98))
     assert (check.holds, check.found) == (False, 97.2) and "t1" in check.detail and "1 where" in check.detail
+    assert "mean 98.60 %" in check.detail
     assert check_bounds(fake_report([98.0, 101.0]), Bounds(min_recovery=98))[0].holds
     untold, = check_bounds(fake_report([None]), Bounds(min_recovery=98))
     assert not untold.holds and untold.found is None

@@ -30,7 +30,8 @@ CASES = [
     ("anls", "Helo!", ["helo?"], 0.8), ("anls", "abcd", ["abxy"], 0), ("anls", "abc", ["abxy"], 0),
     ("anls", "a  B", ["a b", "zzz"], 1), ("anls", "", ["abc"], 0),
     ("relaxed", "104.9", ["100"], 1), ("relaxed", "105", ["100"], 1), ("relaxed", "105.1", ["100"], 0),
-    ("relaxed", "50%", ["0.5"], 1), ("relaxed", "0", ["0"], 1), ("relaxed", "0.01", ["0"], 0),
+    ("relaxed", "50%", ["0.5"], 1), ("relaxed", "51 %", ["0.5"], 1), ("relaxed", "0", ["0"], 1),
+    ("relaxed", "0.01", ["0"], 0),
     ("relaxed", "Blue", ["blue"], 1), ("relaxed", "-9.6", ["-10"], 1), ("relaxed", "inf", ["inf"], 1),
     ("vqa", "yes", ["yes"] * 10, 1),
     # Three people agree: left out once each of the three has two left, else three.

@@ -16,12 +16,15 @@ from vl2.cli.options import bundle_options, debug_option, json_option, open_as_a
 @click.option("--out", type=click.Path(path_type=Path),
               help="A folder for the report (HTML, Markdown, JSON) and the predictions (VLMEvalKit TSV).")
 @click.option("--max-kld", type=click.FloatRange(min=0), help="Exit with 1 when the mean KLD of answers is above.")
-@click.option("--min-recovery", type=click.FloatRange(min=0), help="Exit with 1 when a task keeps fewer per cent.")
+@click.option("--min-recovery", type=click.FloatRange(min=0),
+              help="Exit with 1 when any task keeps fewer per cent of REFERENCE's score; the mean is told too.")
 @evaluation_options
 @click.option("--metric", type=click.Choice(METRIC_NAMES),
               help="For rows that name none, instead of what their task suggests.")
 @click.option("--calib", type=click.Path(path_type=Path),
               help="The calibration set of BUNDLE: questions on its images are refused.")
+@click.option("--floor", type=click.Path(path_type=Path),
+              help="A bundle of REFERENCE's weights stored otherwise, such as fp32 for fp16: what it loses is noise.")
 @click.option("--layers", type=click.Path(path_type=Path),
               help="What `vl2 layers` wrote on BUNDLE's checkpoint, for the same report.")
 @click.option("--force", is_flag=True, help="Replace an existing report once the new one is whole.")
@@ -42,7 +45,7 @@ def command(reference: Path, bundle: Path, as_json: bool, **choices: Any) -> int
     _refuse_what_a_recording_decides(reference, choices)
     options = CompareOptions(choices.pop("out"), choices.pop("force"), to_data_options(choices),
                              to_record_options(choices), Bounds(choices.pop("max_kld"), choices.pop("min_recovery")),
-                             choices.pop("calib"), choices.pop("layers"))
+                             choices.pop("calib"), choices.pop("layers"), choices.pop("floor"))
     data = choices.pop("data")
     surroundings = Surroundings(lambda folder: open_as_asked(folder, dict(choices)), RowProgress,
                                 lambda message: click.echo(message, err=True))
