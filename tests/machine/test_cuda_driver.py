@@ -56,7 +56,7 @@ def test_a_gpu_has_the_bandwidth_and_rate_of_its_data_sheet(monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize("init, count, told", [(100, 1, "cuInit with error 100"), (0, 0, "finds no GPU")])
-def test_a_driver_that_does_not_start_and_one_without_devices_are_told(monkeypatch, tmp_path, init, count, told) -> None:
+def test_a_driver_without_devices_or_that_does_not_start_is_told(monkeypatch, tmp_path, init, count, told) -> None:
     use_driver(monkeypatch, tmp_path, init, count)
     with pytest.raises(VL2Error, match=told):
         local_target("local-gpu")

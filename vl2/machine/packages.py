@@ -33,6 +33,9 @@ def check_python() -> Iterator[Check]:
 
 def check_base_packages() -> Iterator[Check]:
     """Imports each package that running a bundle needs, and compares its version with what vl2 asks for."""
+    if _version(DISTRIBUTION) == _UNKNOWN:
+        yield Check("base", DISTRIBUTION, FAILED, "not installed as a package, so what it needs is not known",
+                    "pip install .   (in the folder of vl2's sources)", required=True)
     for name, oldest in requirements(None).items():
         provider = _provider(name)
         mend = f"{sys.executable} -m pip install -U '{provider}>={oldest}'"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from vl2.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from vl2.modules import module_of
@@ -28,7 +29,7 @@ class Tensor:
     copies: int = 1
     share: float = 1.0
 
-    @property
+    @cached_property
     def module(self) -> str:
         """As `vl2.modules` names it."""
         return module_of(self.name)
