@@ -34,11 +34,11 @@ def assemble(name: str, config: ModelConfig, native: bool = False) -> TracedGrap
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     # what is traced does not depend on how weights are stored
     kinds = _trace_kinds(name, replace(config, quantization_config=None), native)
-    graph = declare_graphs(config)[name]
+    graph = declare_graphs(config, in_place=native)[name]
     inputs = [_input(port) for port in graph.inputs]
     values, weights = {value.name: value for value in inputs}, {}
     whole = ir.Graph(inputs, [], nodes=[], opset_imports={"": OPSET, DOMAIN: 1}, name=graph.file.partition(".")[0])
-    for number, piece in enumerate(pieces_of(name, model)):
+    for number, piece in enumerate(pieces_of(name, model, in_place=native)):
         copy = kinds[piece.kind].clone()
         _connect(copy, [values[port.name] for port in piece.inputs])
         _share_weights(copy, whole, weights, _model_names(piece, names))
@@ -55,7 +55,7 @@ def _trace_kinds(name: str, config: ModelConfig, native: bool) -> dict[str, ir.G
     with torch.device("meta"):
         model = DeepseekVL2(config)
     kinds: dict[str, ir.Graph] = {}
-    for piece in pieces_of(name, model):
+    for piece in pieces_of(name, model, in_place=native):
         if piece.kind not in kinds:
             kinds[piece.kind] = trace(piece.module, piece.inputs, piece.outputs, NATIVE if native else STANDARD).graph
     return kinds

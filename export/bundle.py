@@ -46,8 +46,8 @@ Progress = Callable[[str, int, int], None]
 class ExportOptions:
     """scheme: how weights are stored, "fp32" or "fp16" (None); of a quantized checkpoint None, its codes are kept.
     verify: compare the graphs with PyTorch; force: replace the bundle that is there. lowering: "portable" (standard
-    ONNX) or, for quantized checkpoints and then the default, "ort" (onnxruntime's MatMulNBits). source: what the
-    manifest names where the folder is only a step on the way from the user's checkpoint."""
+    ONNX), for quantized checkpoints and then the default "ort" (onnxruntime's MatMulNBits), or "cpu" (our operators).
+    source: what the manifest names where the folder is only a step on the way from the user's checkpoint."""
 
     scheme: str | None = None
     verify: bool = True
@@ -96,7 +96,7 @@ def export_checkpoint(
 
 def _write_bundle(job: Job, hashes: Future) -> Manifest:
     staging, checkpoint = job.staging, job.checkpoint
-    declared = declare_graphs(checkpoint.config)
+    declared = declare_graphs(checkpoint.config, job.storing.caches_in_place)
     parts = {name: staging.part(name) or _write_graph(job, name) for name in declared}
     parts["embeddings"] = staging.part("embeddings") or _write_embeddings(job)
     parts["copies"] = _copy_files(job)
@@ -127,7 +127,7 @@ def _write_bundle(job: Job, hashes: Future) -> Manifest:
 
 
 def _write_graph(job: Job, name: str) -> dict[str, Any]:
-    graph = declare_graphs(job.checkpoint.config)[name]
+    graph = declare_graphs(job.checkpoint.config, job.storing.caches_in_place)[name]
     data = DataFile(graph.data_file, job.storing)
     job.progress(f"{name} graph", 0, 1)
     model, placed = build_graph(name, job.checkpoint.config, data)

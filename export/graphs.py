@@ -8,6 +8,10 @@ decoder:  inputs_embeds [batch, tokens, H], position_ids [batch, tokens] int64, 
 
 `total` is past + tokens. Per layer l the caches are `past_key.l`, `past_value.l` [batch, past, kv_heads, head_dim] or
 `past_latent.l` [batch, past, R + dr], and `new_…` with the entries of the new tokens only. Everything else is float32.
+
+Where caches are written in place (lowering `cpu`) the decoder takes inputs_embeds, position_ids, `past_length` int64
+and whole buffers `key_cache.l`, `value_cache.l` [batch, capacity, kv_heads, head_dim] or `latent_cache.l`
+[batch, capacity, R + dr], and gives logits only.
 """
 
 from __future__ import annotations
@@ -16,9 +20,13 @@ from vl2.config import LanguageConfig, ModelConfig
 from vl2.manifest import CachePorts, Graph, Port
 
 
-def declare_graphs(config: ModelConfig) -> dict[str, Graph]:
-    """The graphs of a checkpoint with all their ports, by name, in the order of export."""
-    return {"vision": _vision(config), "decoder": _decoder(config)}
+def declare_graphs(config: ModelConfig, in_place: bool = False) -> dict[str, Graph]:
+    """The graphs of a checkpoint with all their ports, by name, in the order of export.
+
+    in_place: caches are buffers that the decoder writes into.
+    """
+    decoder = _decoder_in_place(config) if in_place else _decoder(config)
+    return {"vision": _vision(config), "decoder": decoder}
 
 
 def cache_entries(language: LanguageConfig) -> dict[str, tuple[int, ...]]:
@@ -37,15 +45,37 @@ def _vision(config: ModelConfig) -> Graph:
 
 def _decoder(config: ModelConfig) -> Graph:
     language = config.language_config
-    inputs = (
+    inputs = (*_tokens(language), Port("attention_mask", "bool", ("batch", "total")))
+    past, new = (
+        tuple(Port(f"{way}_{name}.{l}", "float32", ("batch", side, *entry)) for l, name, entry in _entries(language))
+        for way, side in (("past", "past"), ("new", "tokens"))
+    )
+    pairs = tuple(CachePorts(taken.name, given.name) for taken, given in zip(past, new, strict=True))
+    return Graph("decoder.onnx", "decoder.data", (*inputs, *past), (_logits(language), *new), pairs)
+
+
+def _decoder_in_place(config: ModelConfig) -> Graph:
+    language = config.language_config
+    inputs = (*_tokens(language), Port("past_length", "int64", ()))
+    buffers = tuple(
+        Port(f"{name}_cache.{l}", "float32", ("batch", "capacity", *entry)) for l, name, entry in _entries(language)
+    )
+    caches = tuple(CachePorts(buffer.name, None) for buffer in buffers)
+    return Graph("decoder.onnx", "decoder.data", (*inputs, *buffers), (_logits(language),), caches)
+
+
+def _tokens(language: LanguageConfig) -> tuple[Port, Port]:
+    return (
         Port("inputs_embeds", "float32", ("batch", "tokens", language.hidden_size)),
         Port("position_ids", "int64", ("batch", "tokens")),
-        Port("attention_mask", "bool", ("batch", "total")),
     )
+
+
+def _logits(language: LanguageConfig) -> Port:
+    return Port("logits", "float32", ("batch", language.vocab_size))
+
+
+def _entries(language: LanguageConfig) -> list[tuple[int, str, tuple[int, ...]]]:
+    """Layer, name and shape of everything that is cached, in the order of the ports."""
     entries = cache_entries(language)
-    caches = [(f"{name}.{l}", entries[name]) for l in range(language.num_hidden_layers) for name in entries]
-    past = tuple(Port(f"past_{name}", "float32", ("batch", "past", *entry)) for name, entry in caches)
-    new = tuple(Port(f"new_{name}", "float32", ("batch", "tokens", *entry)) for name, entry in caches)
-    logits = Port("logits", "float32", ("batch", language.vocab_size))
-    ports = tuple(CachePorts(f"past_{name}", f"new_{name}") for name, _ in caches)
-    return Graph("decoder.onnx", "decoder.data", (*inputs, *past), (logits, *new), ports)
+    return [(l, name, entries[name]) for l in range(language.num_hidden_layers) for name in entries]

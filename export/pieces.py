@@ -5,13 +5,14 @@ A graph is a chain of pieces that pass named values on. Tracing costs seconds a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from vl2.config import LanguageConfig
 from vl2.export.graphs import cache_entries, declare_graphs
-from vl2.manifest import Port
+from vl2.manifest import Graph, Port
 from vl2.model.decoder import Decoder, DecoderLayer, additive_mask
 from vl2.model.moe import MoE
 from vl2.model.projector import Projector
@@ -77,6 +78,29 @@ class DecoderBlock(nn.Module):
         return y, *new
 
 
+class InPlaceStem(nn.Module):
+    """Rotary tables; rows are causal, so there is no mask."""
+
+    def __init__(self, decoder: Decoder):
+        super().__init__()
+        self.config = decoder.config
+
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        # only dynamic scaling reads the number of keys, and it is not exported
+        return rope_tables(self.config, position_ids, total=0)
+
+
+class InPlaceBlock(nn.Module):
+    """A layer that writes its cache; `substitute` gives it the attention that can."""
+
+    def __init__(self, layer: DecoderLayer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past_length: Tensor, *caches: Tensor) -> Tensor:
+        return self.layer(x, None, (cos, sin), (*caches, past_length))[0]
+
+
 class DecoderEnd(nn.Module):
     """Final norm and lm_head, of the last position only."""
 
@@ -88,9 +112,11 @@ class DecoderEnd(nn.Module):
         return self.lm_head(self.norm(x[:, -1]))
 
 
-def pieces_of(name: str, model: DeepseekVL2) -> list[Piece]:
+def pieces_of(name: str, model: DeepseekVL2, in_place: bool = False) -> list[Piece]:
     """The pieces of a graph of `declare_graphs`, in order. model: on the meta device."""
-    return list(_vision(model) if name == "vision" else _decoder(model))
+    if name == "vision":
+        return list(_vision(model))
+    return list(_decoder_in_place(model) if in_place else _decoder(model))
 
 
 def _vision(model: DeepseekVL2) -> Iterator[Piece]:
@@ -110,20 +136,43 @@ def _decoder(model: DeepseekVL2) -> Iterator[Piece]:
     language = model.config.language_config
     graph = declare_graphs(model.config)["decoder"]
     past, new, width = graph.inputs[3:], graph.outputs[1:], len(cache_entries(language))
-    head_size = language.qk_rope_head_dim if language.use_mla else language.head_dim
-    shared = (
-        Port("mask", "float32", ("batch", 1, "tokens", "total")),
-        *(Port(name, "float32", ("batch", "tokens", head_size)) for name in ("cos", "sin")),
-    )
-
-    def x(layer: int) -> Port:
-        if layer == 0:
-            return graph.inputs[0]
-        return Port(f"x.{layer}", "float32", ("batch", "tokens", language.hidden_size))
-
+    shared = (Port("mask", "float32", ("batch", 1, "tokens", "total")), *_tables(language))
+    x = _hidden(graph)
     yield Piece("stem", DecoderStem(model.language), graph.inputs[:3], shared)
     for l, layer in enumerate(model.language.layers):
-        kind = "moe" if isinstance(layer.mlp, MoE) else "dense"
         caches = slice(l * width, (l + 1) * width)
-        yield Piece(kind, DecoderBlock(layer), (x(l), *shared, *past[caches]), (x(l + 1), *new[caches]))
-    yield Piece("end", DecoderEnd(model.language), (x(language.num_hidden_layers),), graph.outputs[:1])
+        yield Piece(_kind(layer), DecoderBlock(layer), (x(l), *shared, *past[caches]), (x(l + 1), *new[caches]))
+    yield _end(model, graph)
+
+
+def _decoder_in_place(model: DeepseekVL2) -> Iterator[Piece]:
+    language = model.config.language_config
+    graph = declare_graphs(model.config, in_place=True)["decoder"]
+    _, position_ids, past_length, *buffers = graph.inputs
+    x, tables = _hidden(graph), _tables(language)
+    yield Piece("stem", InPlaceStem(model.language), (position_ids,), tables)
+    width = len(cache_entries(language))
+    for l, layer in enumerate(model.language.layers):
+        caches = buffers[l * width : (l + 1) * width]
+        yield Piece(_kind(layer), InPlaceBlock(layer), (x(l), *tables, past_length, *caches), (x(l + 1),))
+    yield _end(model, graph)
+
+
+def _hidden(graph: Graph) -> Callable[[int], Port]:
+    """The port of the states that enter a layer."""
+    embeds = graph.inputs[0]
+    return lambda layer: embeds if layer == 0 else replace(embeds, name=f"x.{layer}")
+
+
+def _tables(language: LanguageConfig) -> tuple[Port, ...]:
+    size = language.qk_rope_head_dim if language.use_mla else language.head_dim
+    return tuple(Port(name, "float32", ("batch", "tokens", size)) for name in ("cos", "sin"))
+
+
+def _kind(layer: DecoderLayer) -> str:
+    return "moe" if isinstance(layer.mlp, MoE) else "dense"
+
+
+def _end(model: DeepseekVL2, graph: Graph) -> Piece:
+    last = _hidden(graph)(model.config.language_config.num_hidden_layers)
+    return Piece("end", DecoderEnd(model.language), (last,), graph.outputs[:1])

@@ -37,9 +37,12 @@ class GraphSession:
         names = [port.name for port in self._graph.inputs]
         return self._session.run(None, dict(zip(names, inputs, strict=True)))
 
-    def prefill(self, embeds: np.ndarray, chunk: int) -> tuple[np.ndarray, Cache]:
-        """Logits [1, V] behind the embeddings [T, H] and the cache, computed `chunk` positions at a time."""
-        cache = self._empty_cache()
+    def prefill(self, embeds: np.ndarray, chunk: int, room: int = 0) -> tuple[np.ndarray, Cache]:
+        """Logits [1, V] behind the embeddings [T, H] and the cache, computed `chunk` positions at a time.
+
+        room: positions that `step` will add; caches written in place have no more.
+        """
+        cache = self._empty_cache(len(embeds) + room)
         for start in range(0, len(embeds), chunk):
             logits, cache = self.step(embeds[start : start + chunk], start, cache)
         return logits, cache
@@ -47,10 +50,13 @@ class GraphSession:
     def step(self, embeds: np.ndarray, start: int, cache: Cache) -> tuple[np.ndarray, Cache]:
         """Logits [1, V] and the grown cache, for embeddings [T, H] at positions from `start` on."""
         end = start + len(embeds)
-        inputs = [embeds[None], np.arange(start, end)[None], np.ones((1, end), bool), *cache]
-        logits, *new = self.run(inputs)
+        inputs = [embeds[None], np.arange(start, end)[None]]
+        if self._graph.in_place:
+            return self.run([*inputs, np.array(start), *cache])[0], cache
+        logits, *new = self.run([*inputs, np.ones((1, end), bool), *cache])
         return logits, [np.concatenate(pair, axis=1) for pair in zip(cache, new, strict=True)]
 
-    def _empty_cache(self) -> Cache:
-        past = {ports.past for ports in self._graph.cache}
-        return [np.zeros((1, 0, *port.shape[2:]), np.float32) for port in self._graph.inputs if port.name in past]
+    def _empty_cache(self, capacity: int) -> Cache:
+        past, length = {ports.past for ports in self._graph.cache}, capacity if self._graph.in_place else 0
+        ports = [port for port in self._graph.inputs if port.name in past]
+        return [np.zeros((1, length, *port.shape[2:]), port.dtype) for port in ports]

@@ -44,6 +44,11 @@ class Storing:
     forms: Mapping[str, Form] = field(default_factory=dict)
     scales: Mapping[str, Storage] = field(default_factory=dict)
 
+    @property
+    def caches_in_place(self) -> bool:
+        """Whether the decoder writes into the caches' buffers itself."""
+        return self.lowering == CPU
+
     def use_of(self, parameter: str) -> str:
         """One of the uses above."""
         form = self.forms.get(parameter)

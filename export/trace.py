@@ -20,9 +20,14 @@ from torch import nn
 
 from vl2.export.passes.fold_constants import fold_constants
 from vl2.manifest import Port
+from vl2.model.attention import Attention, LatentAttention
 from vl2.model.moe import Experts, MoE
+from vl2.plugins.attention import op as attention_op
+from vl2.plugins.attention.op import TracedAttention
 from vl2.plugins.experts import moe as moe_op
 from vl2.plugins.experts import op as experts_op
+from vl2.plugins.latent_attention import op as latent_attention_op
+from vl2.plugins.latent_attention.op import TracedLatentAttention
 from vl2.plugins.substitution import Substitutes, substitute
 
 # Newest opset that every ONNX Runtime from 1.20 on and TensorRT from 10.3 on reads.
@@ -32,10 +37,12 @@ DOMAIN = "vl2"
 # What stands in the place of modules while they are traced: for lowerings to standard operators, and for those that
 # keep the operators of `plugins/`.
 STANDARD: Substitutes = {Experts: experts_op.TracedExperts}
-NATIVE: Substitutes = {MoE: moe_op.TracedMoE}
+NATIVE: Substitutes = {
+    MoE: moe_op.TracedMoE, Attention: TracedAttention, LatentAttention: TracedLatentAttention
+}  # fmt: skip
 
 # Sizes for tracing: distinct, so that no two sides are taken for one; past and new tokens of 0 and 1 are tested.
-_SIZES = {"batch": 2, "tokens": 3, "past": 5, "total": 8, "tiles": 2}
+_SIZES = {"batch": 2, "tokens": 3, "past": 5, "total": 8, "capacity": 7, "tiles": 2}
 _DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
 
 
@@ -121,6 +128,19 @@ _EXPERTS = _operator(experts_op.OP_TYPE, experts_op.INPUTS)
 _MOE = _operator(moe_op.OP_TYPE, moe_op.INPUTS, moe_op.OPTIONAL, moe_op.RULE)
 
 
+def _attention_operator(op_type: str, inputs: tuple[str, ...]) -> Op:
+    """One that writes caches: all inputs float but for the length, which is known by its name."""
+    types = {name: "int64" if name == "past_length" else "float" for name in inputs}
+    return _operator(op_type, types, tuple(name for name in inputs if name.endswith("_scale")), {"scale": float})
+
+
+_ATTENTIONS = {op.OP_TYPE: _attention_operator(op.OP_TYPE, op.INPUTS) for op in (attention_op, latent_attention_op)}
+
+
+def _attention(inputs, op_type, scale):
+    return _ATTENTIONS[op_type](*inputs, scale=scale)
+
+
 def _linear(x, weight, bias=None):
     return _LINEAR(x, weight) if bias is None else _LINEAR(x, weight, bias)
 
@@ -140,6 +160,7 @@ _TRANSLATIONS = {
     torch.ops.aten.linear.default: _linear,
     torch.ops.vl2.experts.default: _experts,
     torch.ops.vl2.moe.default: _moe,
+    torch.ops.vl2.attention_node.default: _attention,
 }
 
 

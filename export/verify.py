@@ -141,7 +141,7 @@ def _decode(folder: Path, manifest: Manifest, embeds: np.ndarray) -> tuple[np.nd
     """Greedy decoding: logits [1 + steps, V], the tokens they choose, and the first logits after chunked prefill."""
     session = GraphSession(folder, manifest, "decoder")
     chunked = session.prefill(embeds, chunk=math.ceil(len(embeds) / 3))[0]
-    logits, cache = session.prefill(embeds, chunk=len(embeds))
+    logits, cache = session.prefill(embeds, chunk=len(embeds), room=_DECODE_STEPS)
     rows, tokens = [logits], [int(logits.argmax())]
     for step in range(_DECODE_STEPS):
         token = np.array(tokens[-1:])

@@ -49,11 +49,13 @@ def check_ports(manifest: Manifest) -> None:
     """Raises VL2Error unless the graphs have the inputs and outputs that this runtime binds."""
     image, language = manifest.image, manifest.language
     side, hidden = image.tile_size, language.hidden_size
+    in_place = "decoder" in manifest.graphs and manifest.graphs["decoder"].in_place
+    sight = {"past_length": ("int64", ())} if in_place else {"attention_mask": ("bool", (None, None))}
     expected = {
         ("vision", "inputs"): {"tiles": ("float32", (None, 3, side, side))},
         ("vision", "outputs"): {"image_features": ("float32", (None, image.tokens_per_side ** 2, hidden))},
         ("decoder", "inputs"): {"inputs_embeds": ("float32", (None, None, hidden)),
-                                "position_ids": ("int64", (None, None)), "attention_mask": ("bool", (None, None))},
+                                "position_ids": ("int64", (None, None)), **sight},
         ("decoder", "outputs"): {"logits": ("float32", (None, language.vocab_size))},
     }
     for (graph, way), ports in expected.items():
@@ -83,11 +85,14 @@ def _check_cache(manifest: Manifest) -> None:
     if not graph.cache:
         raise VL2Error("the decoder has no cache ports", _REMEDY)
     for pair in graph.cache:
-        past, new = inputs[pair.past], outputs[pair.new]
+        past = inputs[pair.past]
         fixed = past.shape[2:]
         if len(past.shape) < 3 or not all(isinstance(side, int) for side in fixed):
             raise VL2Error(f"the port {past.name} is {list(past.shape)}, expected [batch, past, fixed …]", _REMEDY)
-        _check_port(new, past.dtype, (None, None, *fixed))
+        if (pair.new is None) != graph.in_place:
+            raise VL2Error("some caches are written in place and some are not", _REMEDY)
+        if pair.new is not None:
+            _check_port(outputs[pair.new], past.dtype, (None, None, *fixed))
 
 
 def check_processor(manifest: Manifest, processor: Processor, folder: Path) -> None:

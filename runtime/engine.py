@@ -69,14 +69,13 @@ class Context:
     def _extend(self, contents: list[int], embeds: np.ndarray) -> np.ndarray:
         cache, tokens = self._cache, len(embeds)
         total = cache.length + tokens
-        feeds = {
-            "inputs_embeds": embeds[None],
-            "position_ids": np.arange(cache.length, total, dtype=np.int64)[None],
-            "attention_mask": np.ones((1, total), bool),
-            **cache.past(),
-        }
+        feeds = {"inputs_embeds": embeds[None], "position_ids": np.arange(cache.length, total, dtype=np.int64)[None]}
+        if cache.in_place:
+            feeds["past_length"] = np.array(cache.length, np.int64)
+        else:
+            feeds["attention_mask"] = np.ones((1, total), bool)
         logits = np.empty((1, self._engine.manifest.language.vocab_size), np.float32)
-        self._engine.backend.run("decoder", feeds, {"logits": logits, **cache.room(tokens)})
+        self._engine.backend.run("decoder", feeds | cache.past(), {"logits": logits, **cache.room(tokens)})
         cache.append(tokens)
         self._contents += contents
         return logits[0]

@@ -19,7 +19,7 @@ class KVCache:
 
     def __init__(self, graph: Graph):
         ports = {port.name: port for port in graph.inputs}
-        self._pairs = graph.cache
+        self._pairs, self.in_place = graph.cache, graph.in_place
         self._entries = {pair.past: (tuple(ports[pair.past].shape[2:]), np.dtype(ports[pair.past].dtype))
                          for pair in graph.cache}
         self._buffers = {name: np.empty((1, 0, *shape), dtype) for name, (shape, dtype) in self._entries.items()}
@@ -43,14 +43,16 @@ class KVCache:
         self.capacity = capacity
 
     def past(self) -> Mapping[str, np.ndarray]:
-        """Views [1, length, ...] of what is there, by input port."""
+        """Views [1, length, ...] of what is there, by input port; whole buffers where the graph writes into them."""
+        if self.in_place:
+            return self._buffers
         return {pair.past: self._buffers[pair.past][:, :self.length] for pair in self._pairs}
 
     def room(self, tokens: int) -> Mapping[str, np.ndarray]:
-        """Views [1, tokens, ...] right behind, by output port, for the graph to write into before `append`."""
+        """Views [1, tokens, ...] right behind, by output port, for the results before `append`; none in place."""
         end = self.length + tokens
         assert end <= self.capacity, "reserve() comes first"
-        return {pair.new: self._buffers[pair.past][:, self.length:end] for pair in self._pairs}
+        return {pair.new: self._buffers[pair.past][:, self.length:end] for pair in self._pairs if pair.new}
 
     def append(self, tokens: int) -> None:
         """Counts `tokens` positions that were written into `room`."""

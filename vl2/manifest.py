@@ -80,10 +80,13 @@ class Port:
 
 @dataclass(frozen=True)
 class CachePorts:
-    """An input that takes past entries and the output that gives the new ones."""
+    """An input that takes past entries and the output that gives the new ones.
+
+    new None: the input is a whole buffer [1, capacity, …], into which the graph writes the new entries itself.
+    """
 
     past: str
-    new: str
+    new: str | None
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,11 @@ class Graph:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     cache: tuple[CachePorts, ...] = ()
+
+    @property
+    def in_place(self) -> bool:
+        """Whether it writes its caches itself."""
+        return any(ports.new is None for ports in self.cache)
 
 
 @dataclass(frozen=True)
@@ -259,7 +267,8 @@ def _check_names(manifest: Manifest, path: Path) -> None:
     for graph_name, graph in manifest.graphs.items():
         inputs, outputs = ({port.name: None for port in ports} for ports in (graph.inputs, graph.outputs))
         _check_known([ports.past for ports in graph.cache], inputs, f"{path}: graphs.{graph_name}.inputs")
-        _check_known([ports.new for ports in graph.cache], outputs, f"{path}: graphs.{graph_name}.outputs")
+        given = [ports.new for ports in graph.cache if ports.new is not None]
+        _check_known(given, outputs, f"{path}: graphs.{graph_name}.outputs")
 
 
 def _stays_inside(name: str) -> bool:

@@ -24,7 +24,8 @@ def lower(traced: TracedGraph, storing: Storing) -> TracedGraph:
     graph, weights = traced.model.graph, dict(traced.weights)
     lowerings = standard_lowerings(graph, weights)
     read = _Reader(storing, weights)
-    apply_lowerings(graph, {"Linear": LinearLowering(read, lowerings["Linear"]), "MoE": ExpertsLowering(read)})
+    lowerings = {"Linear": LinearLowering(read, lowerings["Linear"]), "MoE": ExpertsLowering(read)}
+    apply_lowerings(graph, lowerings)
     drop_unread(graph, weights)
     return TracedGraph(traced.model, weights)
 

@@ -50,9 +50,9 @@ def standard_lowerings(graph: ir.Graph, weights: dict[str, Weight]) -> dict[str,
 
 
 def apply_lowerings(graph: ir.Graph, lowerings: Mapping[str, Lowering]) -> None:
-    """Replaces every node of our domain."""
+    """Replaces the nodes of our domain that have a lowering."""
     for node in list(graph):
-        if node.domain == DOMAIN:
+        if node.domain == DOMAIN and node.op_type in lowerings:
             scope = Scope(f"{node.outputs[0].name}.")
             _replace(graph, node, lowerings[node.op_type](scope, node), scope.nodes)
 

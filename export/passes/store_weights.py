@@ -87,8 +87,8 @@ def _reference(graph: ir.Graph, place: PlacedWeight, file: str) -> ir.Value:
     dtype, shape = place.storage.onnx_dtype, ir.Shape(place.shape)
     value = graph.initializers.get(place.name)
     if value is None:
-        value = ir.Value(name=place.name, shape=shape)
-    value.type = ir.TensorType(dtype)
+        value = ir.Value(name=place.name)
+    value.type, value.shape = ir.TensorType(dtype), shape
     value.const_value = ir.ExternalTensor(file, place.offset, place.size_bytes, dtype, shape=shape, name=place.name)
     graph.initializers.add(value)
     return value
