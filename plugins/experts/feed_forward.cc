@@ -31,6 +31,15 @@ struct Task {
 
 bool rounded(const Device& d, const Matrix& m) { return d.fast && rounds(d.kernels, m); }
 
+// Runs on one thread; the caller has a task for each unit.
+void prepare(const Device& d, const Matrix& m, Rows& rows) {
+  const Parallel alone{nullptr, [](void*, void (*task)(void*, size_t), size_t count, void* data) {
+                         for (size_t i = 0; i < count; ++i) task(data, i);
+                       }};
+  if (rounded(d, m)) rows.round(d.kernels, alone);
+  else if (rows.rows() == 1 && rounds(d.kernels, m)) rows.split(d.kernels);
+}
+
 // Rows of x in the order of the unit's tokens; x itself where that is the same.
 void gather(const Device& d, const Tokens& tokens, Work& work) {
   const std::vector<size_t>& order = work.unit->tokens;
@@ -117,13 +126,9 @@ void add_down(const Device& d, const std::vector<Work>& works, const Tokens& tok
 void run_feed_forward(const Device& d, const std::vector<Unit>& units, const Tokens& tokens) {
   std::vector<Work> works(units.size());
   for (size_t i = 0; i < units.size(); ++i) works[i].unit = &units[i];
-  const Parallel alone{nullptr, [](void*, void (*task)(void*, size_t), size_t count, void* data) {
-                         for (size_t i = 0; i < count; ++i) task(data, i);
-                       }};
   parallel_for(d.parallel, works.size(), [&](size_t i) {
-    const FeedForward& part = units[i].part;
     gather(d, tokens, works[i]);
-    if (rounded(d, part.gate_up)) works[i].input->round(d.kernels, alone);
+    prepare(d, units[i].part.gate_up, *works[i].input);
     works[i].hidden.reset(new float[works[i].rows() * works[i].width()]);
   });
   const std::vector<Task> tasks = cut(works);
@@ -132,7 +137,7 @@ void run_feed_forward(const Device& d, const std::vector<Unit>& units, const Tok
     const Matrix& down = units[i].part.down;
     const Shape shape{int64_t(works[i].rows()), int64_t(down.columns)};
     works[i].inner = std::make_unique<Rows>(works[i].hidden.get(), works[i].width(), shape, !rounded(d, down));
-    if (rounded(d, down)) works[i].inner->round(d.kernels, alone);
+    prepare(d, down, *works[i].inner);
   });
   add_down(d, works, tokens);
 }

@@ -47,6 +47,7 @@ class Linear {
     Rows input(x.as<const float>(), m.columns, {int64_t(rows), int64_t(m.columns)}, !fast_);
     const Parallel parallel = call.parallel();
     if (fast_) input.round(kernels_, parallel);
+    else if (rows == 1 && rounds(kernels_, m)) input.split(kernels_);
     const size_t width = panels_a_task(m, rows), stripes = (m.panels + width - 1) / width;
     parallel_for(parallel, stripes * ((rows + ROW_BLOCK - 1) / ROW_BLOCK), [&](size_t task) {
       const size_t first = task % stripes * width, row = task / stripes * ROW_BLOCK;

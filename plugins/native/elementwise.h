@@ -44,16 +44,38 @@ inline void quantize_chunk(const float* x, int8_t* codes, float& scale, int32_t&
   for (size_t i = 0; i < CHUNK; ++i) sum += codes[i];
 }
 
+inline void quantize_into(const float* x, const Activations& a, size_t row, size_t chunk) {
+  const size_t place = row * a.chunks + chunk;
+  int32_t sum = 0;
+  quantize_chunk(x, a.codes + row * a.columns + chunk * CHUNK, a.scales[place], sum);
+  a.offset4[place] = -8 * sum;
+  a.offset8[place] = -128 * sum;
+}
+
+// A chunk of x, filled with zeros behind `columns`.
+inline void copy_chunk(const float* x, size_t columns, size_t chunk, float* out) {
+  const size_t at = chunk * CHUNK, count = columns - at < CHUNK ? columns - at : CHUNK;
+  for (size_t i = 0; i < CHUNK; ++i) out[i] = i < count ? x[at + i] : 0.0f;
+}
+
 void quantize(const float* x, size_t columns, const Activations& a, size_t row) {
   for (size_t chunk = 0; chunk < a.chunks; ++chunk) {
-    const size_t at = chunk * CHUNK, place = row * a.chunks + chunk;
-    float tail[CHUNK] = {};
-    const bool whole = at + CHUNK <= columns;
-    if (!whole)
-      for (size_t i = at; i < columns; ++i) tail[i - at] = x[i];
-    int32_t sum = 0;
-    quantize_chunk(whole ? x + at : tail, a.codes + row * a.columns + at, a.scales[place], sum);
-    a.offset4[place] = -8 * sum;
-    a.offset8[place] = -128 * sum;
+    float tail[CHUNK];
+    const bool whole = (chunk + 1) * CHUNK <= columns;
+    if (!whole) copy_chunk(x, columns, chunk, tail);
+    quantize_into(whole ? x + chunk * CHUNK : tail, a, row, chunk);
+  }
+}
+
+void split(const float* x, size_t columns, const Activations& a) {
+  for (size_t chunk = 0; chunk < a.chunks; ++chunk) {
+    float rest[CHUNK];
+    copy_chunk(x, columns, chunk, rest);
+    for (size_t row = 0; row < SPLIT_ROWS; ++row) {
+      quantize_into(rest, a, row, chunk);
+      const float scale = a.scales[row * a.chunks + chunk];
+      const int8_t* codes = a.codes + row * a.columns + chunk * CHUNK;
+      for (size_t i = 0; i < CHUNK; ++i) rest[i] = __builtin_fmaf(-float(codes[i]), scale, rest[i]);
+    }
   }
 }

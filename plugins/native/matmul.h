@@ -159,13 +159,12 @@ inline void chunk_dots(const uint8_t* codes, const int8_t* x, size_t stride, Dot
 }
 
 template <Scheme S, int R>
-inline void fast_panel(const Matrix& m, size_t panel, const Activations& a, size_t row, Output out) {
+inline void rounded_sums(const Matrix& m, size_t panel, const Activations& a, size_t row, Floats (&totals)[R]) {
   const uint8_t* codes = m.panel(panel) + m.scale_bytes;
   const int8_t* x = a.codes + row * a.columns;
   const float* scales = a.scales + row * a.chunks;
   const int32_t* offsets = (S == Scheme::int4 ? a.offset4 : a.offset8) + row * a.chunks;
   constexpr bool SHIFTED = S == Scheme::int4 || !SIGNED_CODES;
-  Floats totals[R];
   for (int r = 0; r < R; ++r) totals[r] = zero();
   size_t chunk = 0;
   for (size_t group = 0; chunk < a.chunks; ++group) {
@@ -179,7 +178,23 @@ inline void fast_panel(const Matrix& m, size_t panel, const Activations& a, size
       }
     }
   }
+}
+
+template <Scheme S, int R>
+inline void fast_panel(const Matrix& m, size_t panel, const Activations& a, size_t row, Output out) {
+  Floats totals[R];
+  rounded_sums<S, R>(m, panel, a, row, totals);
   for (int r = 0; r < R; ++r) store(out.data + r * out.stride, totals[r]);
+}
+
+template <Scheme S>
+inline void split_row_as(const Matrix& m, Panels panels, const Activations& a, Output out) {
+  for (size_t panel = 0; panel < panels.count; ++panel) {
+    Floats totals[SPLIT_ROWS];
+    rounded_sums<S, SPLIT_ROWS>(m, panels.first + panel, a, 0, totals);
+    // the smallest part first
+    store(out.data + panel * PANEL_ROWS, add(totals[0], add(totals[1], totals[2])));
+  }
 }
 
 template <Scheme S>
@@ -199,4 +214,10 @@ void fast(const Matrix& m, Panels panels, const Activations& a, size_t first_row
   if constexpr ((FAST_SCHEMES >> int(Scheme::int4) & 1) != 0)
     if (m.scheme == Scheme::int4) return fast_as<Scheme::int4>(m, panels, a, first_row, rows, out);
   if constexpr ((FAST_SCHEMES >> int(Scheme::int8) & 1) != 0) fast_as<Scheme::int8>(m, panels, a, first_row, rows, out);
+}
+
+void split_row(const Matrix& m, Panels panels, const Activations& a, Output out) {
+  if constexpr ((FAST_SCHEMES >> int(Scheme::int4) & 1) != 0)
+    if (m.scheme == Scheme::int4) return split_row_as<Scheme::int4>(m, panels, a, out);
+  if constexpr ((FAST_SCHEMES >> int(Scheme::int8) & 1) != 0) split_row_as<Scheme::int8>(m, panels, a, out);
 }

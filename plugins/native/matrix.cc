@@ -85,12 +85,22 @@ Rows::Rows(const float* x, size_t stride, Shape shape, bool floats)
   x_ = filled_.get();
 }
 
-void Rows::round(const Kernels& kernels, const Parallel& parallel) {
+void Rows::allocate(size_t rows) {
   const size_t chunks = padded_ / CHUNK;
-  codes_.reset(new int8_t[rows_ * padded_]);
-  scales_.reset(new float[rows_ * chunks]);
-  offsets_.reset(new int32_t[2 * rows_ * chunks]);
-  activations_ = {codes_.get(), scales_.get(), offsets_.get(), offsets_.get() + rows_ * chunks, padded_, chunks};
+  codes_.reset(new int8_t[rows * padded_]);
+  scales_.reset(new float[rows * chunks]);
+  offsets_.reset(new int32_t[2 * rows * chunks]);
+  activations_ = {codes_.get(), scales_.get(), offsets_.get(), offsets_.get() + rows * chunks, padded_, chunks};
+}
+
+void Rows::split(const Kernels& kernels) {
+  allocate(SPLIT_ROWS);
+  kernels.split(source_, columns_, activations_);
+  split_ = true;
+}
+
+void Rows::round(const Kernels& kernels, const Parallel& parallel) {
+  allocate(rows_);
   parallel_for(parallel, (rows_ + ROWS_A_TASK - 1) / ROWS_A_TASK, [&](size_t task) {
     const size_t end = std::min(rows_, (task + 1) * ROWS_A_TASK);
     for (size_t row = task * ROWS_A_TASK; row < end; ++row)
@@ -101,6 +111,7 @@ void Rows::round(const Kernels& kernels, const Parallel& parallel) {
 
 void Rows::multiply(const Kernels& kernels, const Matrix& m, Panels panels, size_t first, size_t count, Output out) const {
   if (rounded_ && rounds(kernels, m)) kernels.fast(m, panels, activations_, first, count, out);
+  else if (split_ && rounds(kernels, m)) kernels.split_row(m, panels, activations_, out);
   else kernels.exact(m, panels, x_ + first * stride_, stride_, count, out);
 }
 

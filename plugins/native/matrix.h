@@ -41,12 +41,17 @@ class Rows {
   Rows(const float* x, size_t stride, Shape shape, bool floats);
   // Rounds all rows; to be called before `multiply` with a matrix that `rounds`.
   void round(const Kernels& kernels, const Parallel& parallel);
+  // Splits a single row, which `multiply` takes in place of the floats for a matrix that `rounds`: exact, and a third of
+  // the work, so that a decode step is bound by memory.
+  void split(const Kernels& kernels);
   // out = rows first … first + count times panels of the matrix, at most ROW_BLOCK rows.
   void multiply(const Kernels& kernels, const Matrix& m, Panels panels, size_t first, size_t count, Output out) const;
 
   size_t rows() const { return rows_; }
 
  private:
+  void allocate(size_t rows);
+
   size_t rows_, columns_, padded_, source_stride_, stride_;
   const float* source_;
   const float* x_;
@@ -54,7 +59,7 @@ class Rows {
   std::unique_ptr<float[]> filled_, scales_;
   std::unique_ptr<int8_t[]> codes_;
   std::unique_ptr<int32_t[]> offsets_;
-  bool rounded_ = false;
+  bool rounded_ = false, split_ = false;
   Activations activations_{};
 };
 
