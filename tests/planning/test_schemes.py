@@ -29,7 +29,7 @@ def test_bytes_of_a_quantized_checkpoint_are_those_of_its_export(quantized_of, r
     from vl2.export.plan import plan_export
 
     folder = quantized_of(NANO, recipe)
-    model, exported = planned_model(str(folder)), plan_export(folder, ExportOptions(None))
+    model, exported = planned_model(str(folder)), plan_export(folder, ExportOptions(None, lowering="ort"))
     sizes = {name: facts.size_bytes for name, facts in exported.modules.items()}
     assert model.storage.modules == sizes
     all_int8 = Choice(recipe, "int8", "int8", "int8")

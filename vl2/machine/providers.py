@@ -103,5 +103,5 @@ def _check_gpu_provider(provider: str, mend: str | None) -> Check:
             f"print(session_error(matmul_model(), {provider!r}) or '')")
     answer, error = attempt(code)
     found = error or answer
-    return Check("GPU", name, FAILED if found else OK, found or "makes a session and computes",
-                 mend if found else None)
+    status = OK if not found else FAILED if gpu_is_possible() else MISSING
+    return Check("GPU", name, status, found or "makes a session and computes", mend if found else None)
