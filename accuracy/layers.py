@@ -185,6 +185,8 @@ def _facts(layers: Mapping[str, Any]) -> Table:
             f"text and {data['image_positions']} image positions, {len(data['bad_rows'])} of {data['rows']} rows bad, "
             f"sha256 {data['sha256']}. Float32 arithmetic in PyTorch on the weights as they are stored. Written by vl2 "
             f"{layers['vl2_version']} in {layers['seconds']} s.")
+    if data["image_positions"] == 0:
+        note += " No image was shown: the tower and projector were not measured."
     if data["sha256"] == (sides[1]["calibration"] or {}).get("sha256"):
         note += " The quantized checkpoint was calibrated on these very data: on others it loses more."
     return Table("What the layers were measured on", ("", "reference", "quantized"), rows, note)

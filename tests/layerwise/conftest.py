@@ -21,7 +21,7 @@ class Measured(NamedTuple):
     report: dict[str, Any]
 
 
-def data_for(folder: Path, samples: int = 2) -> CalibrationData:
+def data_for(folder: Path, samples: int = 1) -> CalibrationData:
     """Synthetic documents, other ones than calibration draws by default."""
     return read_data(None, Processor.from_folder(folder), DataOptions(samples=samples, seed=5))
 

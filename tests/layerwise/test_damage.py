@@ -34,7 +34,7 @@ def changed_copy(folder: Path, tensor: str, change: Callable[[Tensor], Tensor]) 
 
 @pytest.fixture(scope="module")
 def report_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable], dict[str, Any]]:
-    data = data_for(CHECKPOINT, 1)
+    data = data_for(CHECKPOINT)
 
     def measure(tensor: str, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         damaged = changed_copy(tmp_path_factory.mktemp("damaged") / "damaged", tensor, change)
@@ -55,8 +55,6 @@ def worst_block(report: dict[str, Any]) -> str:
 @pytest.mark.parametrize("tensor, block", [
     (f"{_LAYER}self_attn.o_proj.weight", "layers.2.attention"),
     (f"{_LAYER}mlp.experts.5.down_proj.weight", "layers.2.mlp"),
-    (f"{_LAYER}mlp.shared_experts.up_proj.weight", "layers.2.mlp"),
-    ("language.model.layers.0.mlp.gate_proj.weight", "layers.0.mlp"),
     ("vision.blocks.1.mlp.fc1.weight", "vision.blocks.1"),
     ("projector.layers.2.weight", "projector"),
 ])
@@ -102,7 +100,7 @@ def test_a_matrix_that_became_zero_and_one_that_was_have_figures(report_of: Call
 
 
 def test_equal_checkpoints_lose_nothing() -> None:
-    report = measure_layers(CHECKPOINT, CHECKPOINT, data_for(CHECKPOINT, 1))
+    report = measure_layers(CHECKPOINT, CHECKPOINT, data_for(CHECKPOINT))
     json.dumps(report, allow_nan=False)
     assert report["matrices"] == [] and report["unchanged_tensors"] > 100
     for row in report["blocks"]:

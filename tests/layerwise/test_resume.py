@@ -29,7 +29,7 @@ class Killed(Exception):
 def test_an_interrupted_measurement_goes_on_at_its_layer_and_gives_the_same_figures(
     quantized_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantized, data = quantized_of(TINY, "int4"), data_for(TINY, 1)
+    quantized, data = quantized_of(TINY, "int4"), data_for(TINY)
     whole = measure_layers(TINY, quantized, data)
     ran, original = [], measure.run_layer
 
@@ -76,4 +76,4 @@ def test_the_published_tiny_needs_less_than_4_gb_and_a_lower_limit_is_refused(qu
     config = ModelConfig.from_dict(read_json(GOLDENS / "published" / "tiny.config.json"))
     assert 1.5e9 < peak_bytes(config, 32768, 4096) < 4e9
     with pytest.raises(VL2Error, match="need about"):
-        measure_layers(TINY, quantized_of(TINY, "int4"), data_for(TINY, 1), MeasureOptions(max_ram_bytes=1 << 20))
+        measure_layers(TINY, quantized_of(TINY, "int4"), data_for(TINY), MeasureOptions(max_ram_bytes=1 << 20))

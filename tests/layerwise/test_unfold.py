@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.conftest import GOLDENS
-from tests.layerwise.conftest import data_for
-from vl2.calib.data import DataOptions, read_data
+from vl2.accuracy.layers import layer_tables
+from vl2.calib.data import CalibrationData, DataOptions, read_data
 from vl2.calib.embed import embed_calibration
 from vl2.calib.stream import StreamOptions
 from vl2.cli.calibrated import CalibratedJob, quantize_calibrated
@@ -30,25 +30,33 @@ def mini(request: pytest.FixtureRequest) -> Path:
     return GOLDENS / request.param
 
 
+def texts(mini: Path, folder: Path) -> CalibrationData:
+    """Four short conversations without an image."""
+    rows = [{"question": f"What is {a} and {a + 1}?", "answer": f"It is {2 * a + 1}."} for a in range(4)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_data(folder / "texts.jsonl", Processor.from_folder(mini), DataOptions())
+
+
 @pytest.fixture(scope="module")
 def folded(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """INT8 by AWQ alone: its own error is below 1 %, its scales are not."""
     root = tmp_path_factory.mktemp("folded")
-    texts = [{"question": f"What is {a} and {a + 1}?", "answer": f"It is {2 * a + 1}."} for a in range(4)]
-    (root / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
-    data = read_data(root / "texts.jsonl", Processor.from_folder(mini), DataOptions())
-    embed_calibration(mini, data, root / "set")
+    embed_calibration(mini, texts(mini, root), root / "set")
     options = QuantizeOptions("int8", method="awq")
     return quantize_calibrated(CalibratedJob(mini, root / "set", root / "out", options, StreamOptions()))
 
 
-def test_every_matrix_of_a_folded_checkpoint_is_as_near_as_its_codes(mini: Path, folded: Path) -> None:
+def test_every_matrix_of_a_folded_checkpoint_is_as_near_as_its_codes(
+    mini: Path, folded: Path, tmp_path: Path
+) -> None:
     pair = open_pair(mini, folded)
     assert pair.folded
     norm = "language.model.layers.1.post_attention_layernorm.weight"
     assert not torch.allclose(pair.reference.read(norm), pair.quantized.read(norm), rtol=0.05), "nothing was folded"
-    report = measure_layers(mini, folded, data_for(mini, 1))
+    report = measure_layers(mini, folded, texts(mini, tmp_path))
     assert report["scales_taken_out"]
+    assert report["logits"]["image"] is None and report["routers"][0]["image"] is None, "no image was shown"
+    assert "tower and projector were not measured" in layer_tables(report)[-1].note
     packed = [row for row in report["matrices"] if row["form"] is not None]
     assert len(packed) > 100
     # A step of 1/127.5 of the largest weight of a group of at most 128: noise below −30 dB for any weights.
