@@ -19,6 +19,7 @@ from vl2.calib.calibration_set import checkpoint_source
 from vl2.calib.data import CalibrationData, CheckedSample
 from vl2.calib.demands import layer_work, tile_work
 from vl2.calib.progress import Report, Work, silent
+from vl2.folder_lock import locked_folder
 from vl2.json_file import to_json
 from vl2.layerwise.checkpoints import Pair, open_pair
 from vl2.layerwise.decoder import run_layer
@@ -60,7 +61,8 @@ def measure_layers(reference: Path, quantized: Path, data: CalibrationData, opti
                    ) -> dict[str, Any]:
     """The layer report, as docs/formats.md describes it, JSON without NaN or infinity.
 
-    data: of `read_data`, with the reference's processor. Raises VL2Error as `open_pair` and `check_memory` do.
+    data: of `read_data`, with the reference's processor. Raises VL2Error as `open_pair` and `check_memory`, and where
+    the work folder is another job's or in use.
     """
     options, start = options or MeasureOptions(), time.monotonic()
     pair = open_pair(reference, quantized)
@@ -82,7 +84,9 @@ def measure_layers(reference: Path, quantized: Path, data: CalibrationData, opti
 @contextmanager
 def _place(work: Path | None) -> Iterator[Path]:
     if work is not None:
-        yield work
+        work.mkdir(parents=True, exist_ok=True)
+        with locked_folder(work, "measurement of layers"):
+            yield work
         return
     with tempfile.TemporaryDirectory(prefix="vl2-layers-") as folder:
         yield Path(folder)

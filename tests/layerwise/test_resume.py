@@ -13,6 +13,7 @@ from tests.conftest import GOLDENS
 from tests.layerwise.conftest import data_for
 from vl2.config import ModelConfig
 from vl2.errors import VL2Error
+from vl2.folder_lock import locked_folder
 from vl2.json_file import read_json
 from vl2.layerwise import measure
 from vl2.layerwise.checkpoints import open_pair
@@ -46,6 +47,8 @@ def test_an_interrupted_measurement_goes_on_at_its_layer_and_gives_the_same_figu
     assert len(list((tmp_path / "work").glob("*.safetensors"))) == 1, "older states are gone"
     assert {**measure_layers(TINY, quantized, data, options), "seconds": 0} == {**whole, "seconds": 0}
     assert ran == [0, 1, 2, 2, 3]
+    with locked_folder(options.work, "test"), pytest.raises(VL2Error, match="another measurement of layers"):
+        measure_layers(TINY, quantized, data, options)
     with pytest.raises(VL2Error, match="begun with other"):
         measure_layers(TINY, quantized, replace(data, sha256="0" * 64), options)
 
