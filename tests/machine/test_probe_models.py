@@ -21,6 +21,7 @@ def test_a_probe_that_computes_something_else_is_an_error() -> None:
     assert "expected 992.0" in session_error(matmul_model().replace(b"\0\0\0\x40" * 512, b"\0\0\x80\x40" * 512), CPU)
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider")
 def test_a_provider_that_is_not_there_is_told_from_one_that_works() -> None:
     assert session_error(matmul_model(), "CUDAExecutionProvider")
     assert session_error(b"no model", CPU)
