@@ -45,7 +45,7 @@ def _feed_forward_bytes(config: LanguageConfig, inner: int) -> int:
 def _routed_bytes(config: LanguageConfig, positions: int) -> int:
     experts = config.n_routed_experts or 0
     shared = max(config.n_shared_experts or 0, 1) * config.moe_intermediate_size
-    routes = 3 * positions * (experts * _FLOAT + config.num_experts_per_tok * 12)
+    routes = 3 * positions * (experts * _FLOAT + (config.num_experts_per_tok or 0) * 12)
     return _feed_forward_bytes(config, shared) + _feed_forward_bytes(config, config.moe_intermediate_size) + routes
 
 

@@ -36,16 +36,19 @@ class Positions:
 
 def positions_of(prompts: Sequence[Prompt], ignore_id: int) -> Positions:
     """What each position of the prompts is."""
-    modality = np.concatenate([prompt.images_seq_mask for prompt in prompts]).astype(np.uint8)
     following = np.concatenate([np.append(prompt.target_ids[1:], ignore_id) for prompt in prompts])
-    return Positions(torch.from_numpy(modality), torch.from_numpy(np.where(following == ignore_id, -1, following)))
+    return Positions(_modality(prompts), torch.from_numpy(np.where(following == ignore_id, -1, following)))
+
+
+def _modality(prompts: Sequence[Prompt]) -> Tensor:
+    return torch.from_numpy(np.concatenate([prompt.images_seq_mask for prompt in prompts]).astype(np.uint8))
 
 
 def embed_both(pair: Pair, prompts: Sequence[Prompt], ledger: Ledger, advance: Callable[[], None]) -> States:
     """Both models' [tokens, H] that enter the first layer, sequence after sequence."""
     tiles = torch.cat([torch.from_numpy(prompt.tiles) for prompt in prompts])
     features = encode_both(pair, tiles, ledger, advance) if len(tiles) else None
-    modality = positions_of(prompts, -1).modality
+    modality = _modality(prompts)
     reference = _merged(pair.reference, prompts, None if features is None else features.reference)
     quantized = _merged(pair.quantized, prompts, None if features is None else features.quantized)
     if torch.equal(reference, quantized):
