@@ -115,6 +115,18 @@ def test_a_bundle_is_planned_for_as_it_is(nano_bundle: Path) -> None:
     assert plan.storage.modules == {name: facts[name]["size_bytes"] for name in facts}
     with pytest.raises(VL2Error, match="stored already"):
         plan_for(str(nano_bundle), "cpu", choice=Choice("int4"))
+    with pytest.raises(VL2Error, match="has the lowering `portable`"):
+        make_plan(replace(plan.situation, lowering="cpu"))
+
+
+def test_a_lowering_limits_the_schemes_and_a_quantized_checkpoint_takes_any(quantized_of) -> None:
+    situation = Situation(planned_model("tiny"), Demand(), "cpu", TARGETS["cpu"], "cpu")
+    plan = make_plan(situation)
+    assert plan.storage.lowering == "cpu" and "--scheme fp32" not in plan.schemes
+    assert plan.runs["cpu"].memory.activations < plan_for("tiny", "cpu", Demand()).runs["cpu"].memory.activations
+    quantized = replace(situation, model=planned_model(str(quantized_of(NANO, "int4"))))
+    assert make_plan(quantized).storage.lowering == "cpu"
+    assert make_plan(replace(quantized, lowering=None)).storage.lowering == "ort"
 
 
 def test_the_estimates_are_the_measured_rates_where_they_come_from() -> None:

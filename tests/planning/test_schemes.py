@@ -6,7 +6,7 @@ import pytest
 from tests.conftest import GOLDENS, NANO
 from vl2.errors import VL2Error
 from vl2.planning.models import planned_model
-from vl2.planning.schemes import EXPERT_FORMS, Choice, form_of_choice, storage_of
+from vl2.planning.schemes import EXPERT_FORMS, Choice, form_of_checkpoint, form_of_choice, storage_of
 from vl2.quantization import Form
 
 
@@ -35,6 +35,28 @@ def test_bytes_of_a_quantized_checkpoint_are_those_of_its_export(quantized_of, r
     all_int8 = Choice(recipe, "int8", "int8", "int8")
     planned = storage_of(model.tensors, form_of_choice(all_int8, model.config), 2)
     assert planned.modules == sizes and planned.read == model.storage.read
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int4", None])
+@pytest.mark.parametrize("lowering", ["cpu", "portable"])
+def test_bytes_under_every_lowering_are_those_of_an_export(quantized_of, recipe: str | None, lowering: str) -> None:
+    from vl2.export.bundle import ExportOptions
+    from vl2.export.plan import plan_export
+
+    folder = quantized_of(NANO, recipe) if recipe else NANO
+    model, exported = planned_model(str(folder)), plan_export(folder, ExportOptions(None, lowering=lowering))
+    form_of = form_of_checkpoint(model.config) if recipe else form_of_choice(Choice("fp16"), model.config)
+    storage = storage_of(model.tensors, form_of, 2, lowering)
+    assert storage.modules == {name: facts.size_bytes for name, facts in exported.modules.items()}
+    assert storage.lowering == lowering and storage.quantized == (recipe is not None)
+
+
+@pytest.mark.parametrize("lowering, number, told", [("ort", 2, "for quantized"), ("cpu", 4, "not float32"),
+                                                    ("gpu", 2, "no lowering")])
+def test_a_lowering_that_does_not_hold_the_weights_is_refused(lowering: str, number: int, told: str) -> None:
+    model = planned_model(str(NANO))
+    with pytest.raises(VL2Error, match=told):
+        storage_of(model.tensors, lambda tensor: None, number, lowering)
 
 
 @pytest.mark.parametrize("name", ["tiny", str(GOLDENS / "small-mini"), str(NANO)], ids=["tiny", "small-mini", "nano"])

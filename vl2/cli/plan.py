@@ -42,6 +42,7 @@ class ImageSize(click.ParamType):
 @click.option("--vision", type=_OUTER, help="As of `vl2 export`.")
 @click.option("--head", type=_OUTER, help="As of `vl2 export`.")
 @click.option("--embeddings", type=_OUTER, help="As of `vl2 export`.")
+@click.option("--lowering", type=click.Choice(["ort", "cpu", "portable"]), help="As of `vl2 export`.")
 @click.option("--targets", "targets_file", type=click.Path(path_type=Path),
               help="A file of more targets, like vl2/planning/targets.json.")
 @click.option("--list-targets", is_flag=True, help="Print the targets and where their figures are from.")
@@ -78,7 +79,7 @@ def _plan(model: str, targets: Any, choices: dict[str, Any]) -> Any:
     target = local_target(name) if name in LOCAL else target_named(name, targets)
     demand = Demand(choices["sizes"] * choices["images"], choices["text_tokens"], choices["context"],
                     choices["max_tiles"], choices["prefill_chunk"])
-    return make_plan(Situation(planned, demand, name, target), _choice(choices))
+    return make_plan(Situation(planned, demand, name, target, choices["lowering"]), _choice(choices))
 
 
 def _choice(choices: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from vl2.config import LanguageConfig
 from vl2.planning.demand import PromptSize
 from vl2.planning.models import PlannedModel
-from vl2.planning.schemes import Storage
+from vl2.planning.schemes import CPU, ORT, Storage
 
 _FLOAT = 4
 # Measured with vl2-nano: Python, NumPy, Pillow, tokenizers, onnxruntime, both graphs loaded.
@@ -46,7 +46,7 @@ def run_memory(model: PlannedModel, storage: Storage, size: PromptSize, backend:
     """On one backend of `targets.BACKENDS`; shared: its GPU has no memory of its own. Without images, no tower."""
     element = 2 if backend == "engine" else _FLOAT
     language = model.config.language_config
-    live = _decoder_bytes(language, storage.quantized, size, element)
+    live = _decoder_bytes(language, storage.lowering, size, element)
     weights = storage.decoder_bytes
     if size.tiles:
         live += _tile_bytes(model, element)
@@ -65,17 +65,22 @@ def cache_bytes(config: LanguageConfig, element: int = _FLOAT) -> int:
     return config.num_hidden_layers * width * element
 
 
-def _decoder_bytes(config: LanguageConfig, quantized: bool, size: PromptSize, element: int) -> int:
-    """What one chunk of prefill holds: its new cache entries, states, and the largest of attention, experts, dense."""
+def _decoder_bytes(config: LanguageConfig, lowering: str, size: PromptSize, element: int) -> int:
+    """What one chunk of prefill holds: its new cache entries, states, and the largest of attention, experts, dense.
+
+    The operator library writes into the cache and keeps scores of a few positions only.
+    """
     hidden, heads, chunk = config.hidden_size, config.num_attention_heads, size.chunk
+    inside = lowering == CPU
     scores = 3 * heads * chunk * size.prompt_tokens  # scores, masked, softmax
     if config.use_mla:
         scores += 2 * heads * chunk * (config.kv_lora_rank + config.qk_rope_head_dim)
     # an INT8 matrix is two products, of each plane of four bits
-    products = 7 if quantized else 3
+    products = 7 if lowering == ORT else 3
     dense = products * chunk * config.intermediate_size
     routed = 3 * chunk * (config.num_experts_per_tok or 0) * hidden
-    return (chunk * 6 * hidden + max(scores, dense, routed)) * element + chunk * cache_bytes(config, element)
+    states = chunk * 6 * hidden + max(0 if inside else scores, dense, routed)
+    return states * element + (0 if inside else chunk * cache_bytes(config, element))
 
 
 def _tile_bytes(model: PlannedModel, element: int) -> int:

@@ -10,7 +10,7 @@ from vl2.config import ModelConfig, load_config
 from vl2.errors import VL2Error
 from vl2.image import ImageGeometry
 from vl2.manifest import MANIFEST_NAME, Manifest, read_manifest
-from vl2.planning.schemes import Storage, form_of_checkpoint, storage_of
+from vl2.planning.schemes import CPU, Storage, form_of_checkpoint, storage_of
 from vl2.planning.tensors import Tensor, model_tensors
 
 # config.json of the three published variants, as in tests/goldens/published.
@@ -83,7 +83,7 @@ def _of_bundle(name: str, config: ModelConfig, manifest: Manifest) -> PlannedMod
     read = {module: size * counted[module][0] / counted[module][1] for module, size in modules.items()
             if module in counted and counted[module][0]}
     storage = Storage(modules, read, 4 if manifest.scheme == "fp32" else 2, manifest.quantization is not None,
-                      _widened(config, manifest))
+                      manifest.lowering, _widened(config, manifest))
     return PlannedModel(name, config, tensors, storage, manifest.scheme)
 
 
@@ -91,4 +91,5 @@ def _widened(config: ModelConfig, manifest: Manifest) -> int:
     """lm_head as float32, where it is stored as float16."""
     elements = config.language_config.vocab_size * config.language_config.hidden_size
     facts = manifest.modules.get("lm_head")
-    return 4 * elements if facts is not None and facts.size_bytes == 2 * elements else 0
+    narrow = facts is not None and facts.size_bytes == 2 * elements and manifest.lowering != CPU
+    return 4 * elements if narrow else 0

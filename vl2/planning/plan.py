@@ -10,7 +10,17 @@ from vl2.errors import VL2Error
 from vl2.planning.demand import Demand, PromptSize, prompt_size
 from vl2.planning.memory import RunMemory, cache_bytes, run_memory
 from vl2.planning.models import NAMES, PlannedModel, planned_model
-from vl2.planning.schemes import Choice, Storage, form_of_choice, storage_of
+from vl2.planning.schemes import (
+    CPU,
+    EXPERT_FORMS,
+    ORT,
+    PORTABLE,
+    Choice,
+    Storage,
+    form_of_checkpoint,
+    form_of_choice,
+    storage_of,
+)
 from vl2.planning.speed import Speed, estimate_speed
 from vl2.planning.targets import Target
 from vl2.planning.workstation import WorkstationMemory, workstation_memory
@@ -21,19 +31,20 @@ LADDER = (
     Choice("fp32"), Choice("fp16"), Choice("int8"), Choice("int8", **_ALL_INT8), Choice("int4"),
     Choice("int4", **_ALL_INT8), Choice("int4-g64", **_ALL_INT8), Choice("int4-g128", **_ALL_INT8),
 )
-_FIRST = 1  # float32 only when it is asked for
+_ASKED_ONLY = "fp32"
 _SMALL_CHUNK = 128
 _SHORTEST_ANSWER = 64
 
 
 @dataclass(frozen=True)
 class Situation:
-    """What a plan is made for."""
+    """What a plan is made for; lowering: as of `vl2 export`, None as it chooses."""
 
     model: PlannedModel
     demand: Demand
     target_name: str
     target: Target
+    lowering: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,8 @@ class Plan:
         return {
             "model": model.name, "variant": model.config.variant, "attention": "mla" if language.use_mla else "mha",
             "target": {"name": self.situation.target_name, **asdict(target), "usable_bytes": int(target.usable_bytes)},
-            "options": self.options, "demand": asdict(self.situation.demand), "prompt": asdict(self.prompt),
+            "options": self.options, "lowering": self.storage.lowering,
+            "demand": asdict(self.situation.demand), "prompt": asdict(self.prompt),
             "bundle_bytes": self.storage.total_bytes, "modules": self.storage.modules,
             "read_bytes_per_token": {name: int(size) for name, size in self.storage.read.items()},
             "cache_bytes_per_token": cache_bytes(language), "fits": self.fits,
@@ -92,15 +104,16 @@ def make_plan(situation: Situation, choice: Choice | None = None) -> Plan:
     Raises VL2Error for a context or a tile budget that the model does not have.
     """
     model = situation.model
-    if model.storage is not None and choice is not None:
-        raise VL2Error(f"`{model.name}` is stored already ({model.scheme}), and {choice.options} was asked for",
-                       "leave the scheme out, or plan for the checkpoint that it was made from")
-    stored = {} if model.storage is not None else {each: _stored(model, each) for each in LADDER}
+    already = _stored_already(situation, choice)
+    ladder = LADDER if already is None else ()
+    if situation.lowering is not None:
+        ladder = [each for each in ladder if _takes(each, situation.lowering)]
+    stored = {each: _stored(situation, each) for each in ladder}
     first = situation.target.backends[0]
     tried = {each: _run(situation, storage, first) for each, storage in stored.items()}
-    if model.storage is None and choice is None:
-        choice = next((each for each in LADDER[_FIRST:] if tried[each].fits), LADDER[-1])
-    storage = model.storage or stored.get(choice) or _stored(model, choice)
+    if already is None and choice is None:
+        choice = next((each for each in ladder if each.scheme != _ASKED_ONLY and tried[each].fits), ladder[-1])
+    storage = already or stored.get(choice) or _stored(situation, choice)
     plan = Plan(
         situation, choice.options if choice else str(model.scheme), prompt_size(model, situation.demand), storage,
         {backend: _run(situation, storage, backend) for backend in situation.target.backends},
@@ -111,8 +124,31 @@ def make_plan(situation: Situation, choice: Choice | None = None) -> Plan:
     return plan if plan.fits else replace(plan, changes=tuple(_changes(plan)))
 
 
-def _stored(model: PlannedModel, choice: Choice) -> Storage:
-    return storage_of(model.tensors, form_of_choice(choice, model.config), 4 if choice.scheme == "fp32" else 2)
+def _stored_already(situation: Situation, choice: Choice | None) -> Storage | None:
+    """Of a bundle or a quantized checkpoint; None for a model whose scheme is still to be chosen."""
+    model, lowering = situation.model, situation.lowering
+    if model.storage is None:
+        return None
+    if choice is not None:
+        raise VL2Error(f"`{model.name}` is stored already ({model.scheme}), and {choice.options} was asked for",
+                       "leave the scheme out, or plan for the checkpoint that it was made from")
+    if lowering in (None, model.storage.lowering):
+        return model.storage
+    if model.config.quantization_config is None:
+        raise VL2Error(f"`{model.name}` has the lowering `{model.storage.lowering}`, and `{lowering}` was asked for",
+                       "leave it out, or plan for the checkpoint that the bundle was made from")
+    return storage_of(model.tensors, form_of_checkpoint(model.config), 2, lowering)
+
+
+def _takes(choice: Choice, lowering: str) -> bool:
+    """Whether a lowering holds a scheme's weights."""
+    return {PORTABLE: True, ORT: choice.scheme in EXPERT_FORMS, CPU: choice.scheme != "fp32"}[lowering]
+
+
+def _stored(situation: Situation, choice: Choice) -> Storage:
+    model = situation.model
+    return storage_of(model.tensors, form_of_choice(choice, model.config), 4 if choice.scheme == "fp32" else 2,
+                      situation.lowering)
 
 
 def _run(situation: Situation, storage: Storage, backend: str) -> Run:

@@ -17,6 +17,9 @@ FLOAT_BYTES = {"fp32": 4, "fp16": 2}
 # Quantized schemes → bits and group of the routed experts; the other Linears of the layers are INT8 in groups of 128.
 EXPERT_FORMS = {"int8": (8, 128), "int4": (4, 32), "int4-g64": (4, 64), "int4-g128": (4, 128)}
 SCHEMES = (*FLOAT_BYTES, *EXPERT_FORMS)
+# As of `vl2 export`: standard operators, onnxruntime's MatMulNBits, or our operator library.
+PORTABLE, ORT, CPU = LOWERINGS = ("portable", "ort", "cpu")
+_PANEL_ROWS, _PANEL_COLUMNS, _ALIGNMENT = 16, 32, 64  # of the operator library's layout
 _SMALLEST_GROUP = 16
 _BLOCKS = (256, 128, 64, 32, 16)  # of MatMulNBits on a CPU
 _SCALE_BYTES = 2
@@ -92,21 +95,42 @@ def _fitted(bits: int, group: int, inputs: int) -> Form:
     raise VL2Error(f"experts have {inputs} inputs, which no group from {group} up divides", "take the scheme int8")
 
 
-def stored_bytes(tensor: Tensor, form: Form | None, float_bytes: int) -> int:
+def stored_bytes(tensor: Tensor, form: Form | None, float_bytes: int, lowering: str) -> int:
     """Bytes of all copies in a bundle; float_bytes: of a number of a matrix that is not quantized."""
+    if lowering == CPU and _is_native(tensor):
+        return tensor.copies * _panel_bytes(*tensor.shape, form)
     if form is None:
         wide = len(tensor.shape) == 1 or tensor.module == "router"
         return tensor.parameters * (4 if wide else float_bytes)
-    if tensor.name.endswith(_BY_HEAD):
+    if tensor.name.endswith(_BY_HEAD) and lowering != PORTABLE:
         return tensor.parameters * 4
     rows, columns = tensor.shape
-    block = None if tensor.module in ("vision", "projector", "embed_tokens") else _block(form, columns)
+    plain = lowering == PORTABLE or tensor.module in ("vision", "projector", "embed_tokens")
+    block = None if plain else _block(form, columns)
     if block is None:
         codes, scales = -(-rows * columns * form.bits // 8), rows * form.scale_columns(columns)
     else:
         blocks = -(-columns // block)
         codes, scales = rows * blocks * block * form.bits // 8, rows * blocks
     return tensor.copies * (codes + scales * _SCALE_BYTES)
+
+
+def _is_native(tensor: Tensor) -> bool:
+    """Whether the operator library multiplies with it."""
+    return tensor.is_matrix and tensor.module not in ("embed_tokens", "router") and not tensor.name.endswith(_BY_HEAD)
+
+
+def _panel_bytes(rows: int, columns: int, form: Form | None) -> int:
+    """A matrix in panels of 16 rows, its columns filled to a multiple of 32, its scales to 64 bytes a panel."""
+    bits, groups = 16, 0
+    if form is not None:
+        size = form.group_size or columns
+        # groups that are no multiple of 32 columns are stored as smaller ones, but one scale a row stays one
+        stored = size if size == columns or size % _PANEL_COLUMNS == 0 else math.gcd(size, _PANEL_COLUMNS)
+        bits, groups = form.bits, columns // stored
+    scales = -(-groups * _PANEL_ROWS * _SCALE_BYTES // _ALIGNMENT) * _ALIGNMENT
+    filled = -(-columns // _PANEL_COLUMNS) * _PANEL_COLUMNS
+    return -(-rows // _PANEL_ROWS) * (scales + filled * _PANEL_ROWS * bits // 8)
 
 
 def _block(form: Form, columns: int) -> int | None:
@@ -120,13 +144,14 @@ class Storage:
     """Bytes by module as a bundle holds them, and of them what one decode step reads.
 
     float_bytes: of a number that is not quantized; widened_bytes: of the largest float matrix of the decoder once
-    float32, where it is stored narrower.
+    float32, where it is stored narrower and widened at its use.
     """
 
     modules: dict[str, int]
     read: dict[str, float]
     float_bytes: int
     quantized: bool
+    lowering: str
     widened_bytes: int = 0
 
     @property
@@ -149,17 +174,33 @@ class Storage:
         return sum(self.read.values())
 
 
-def storage_of(tensors: Iterable[Tensor], form_of: FormOf, float_bytes: int) -> Storage:
-    """The storage of a model under the forms of its matrices."""
+def storage_of(tensors: Iterable[Tensor], form_of: FormOf, float_bytes: int, lowering: str | None = None) -> Storage:
+    """The storage of a model under the forms of its matrices; lowering: None as `vl2 export` chooses.
+
+    Raises VL2Error for a lowering that does not hold them.
+    """
+    forms = {tensor: form_of(tensor) for tensor in tensors}
+    quantized = any(form is not None for form in forms.values())
+    lowering = lowering or (ORT if quantized else PORTABLE)
+    _check_lowering(lowering, quantized, float_bytes)
     modules: dict[str, int] = {}
     read: dict[str, float] = {}
-    quantized, widened = False, 0
-    for tensor in tensors:
-        form = form_of(tensor)
-        size = stored_bytes(tensor, form, float_bytes)
+    widened = 0
+    for tensor, form in forms.items():
+        size = stored_bytes(tensor, form, float_bytes, lowering)
         modules[tensor.module] = modules.get(tensor.module, 0) + size
         read[tensor.module] = read.get(tensor.module, 0.0) + size * tensor.share
-        quantized = quantized or form is not None
-        if form is None and tensor.is_matrix and tensor.share and float_bytes < 4 and tensor.module != "router":
+        narrow = form is None and tensor.is_matrix and float_bytes < 4 and tensor.module != "router"
+        if narrow and tensor.share and not (lowering == CPU and _is_native(tensor)):
             widened = max(widened, 4 * math.prod(tensor.shape))
-    return Storage(modules, {name: size for name, size in read.items() if size}, float_bytes, quantized, widened)
+    read = {name: size for name, size in read.items() if size}
+    return Storage(modules, read, float_bytes, quantized, lowering, widened)
+
+
+def _check_lowering(lowering: str, quantized: bool, float_bytes: int) -> None:
+    if lowering not in LOWERINGS:
+        raise VL2Error(f"there is no lowering `{lowering}`", f"choose one of {', '.join(LOWERINGS)}")
+    if lowering == ORT and not quantized:
+        raise VL2Error("the lowering `ort` is for quantized checkpoints", "leave it out, or take int8 or int4")
+    if lowering == CPU and float_bytes == 4:
+        raise VL2Error("the lowering `cpu` holds codes and float16, not float32", "take --scheme fp16, int8 or int4")

@@ -20,7 +20,8 @@ def describe(plan: Plan) -> str:
     model, target = situation.model, situation.target
     verdict = "fits" if plan.fits else "does not fit"
     lines = [
-        f"{model.name} ({model.config.variant}), {plan.options}: {verdict} on {situation.target_name}",
+        f"{model.name} ({model.config.variant}), {plan.options}, lowering {plan.storage.lowering}: {verdict} on "
+        f"{situation.target_name}",
         f"{target.description}: {_size(target.usable_bytes)} usable of {target.memory_gib:g} GiB {target.memory} "
         f"memory, {target.bandwidth_gb_s:g} GB/s",
         "", *_prompt_lines(plan), "", *_module_lines(plan), "", *_run_lines(plan),
@@ -56,8 +57,8 @@ def _run_lines(plan: Plan) -> list[str]:
     for name, run in plan.runs.items():
         lines += [f"run, {name} ({_BACKENDS[name]}): {'fits' if run.fits else 'does not fit'}",
                   *_memory_lines(plan, run), *_speed_lines(run)]
-    if "cpu" in plan.runs and not plan.storage.quantized:
-        lines.append("  (float weights are mapped: those of experts that no token chose stay out of memory)")
+    if "cpu" in plan.runs and plan.storage.lowering != "ort":
+        lines.append("  (weights are mapped: those of experts that no token chose stay out of memory)")
     return lines
 
 
