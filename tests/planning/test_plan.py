@@ -155,7 +155,7 @@ def test_the_json_holds_what_the_page_says(tmp_path: Path) -> None:
     assert f"peak {told['runs']['cpu']['memory']['peak'] / 1e9:.2f} GB" in page
 
 
-@pytest.mark.parametrize("arguments", [("plan",), ("plan", "tiny", "--image", "0x3"),
+@pytest.mark.parametrize("arguments", [("plan",), ("plan", "tiny", "--image", "0x3"), ("plan", "tiny", "--images", 2),
                                        ("plan", "tiny", "--scheme", "fp16", "--head", "int8")])
 def test_wrong_usage_is_said(arguments: tuple) -> None:
     done = vl2(*arguments)

@@ -64,6 +64,8 @@ def command(model: str | None, targets_file: Path | None, list_targets: bool, as
         return
     if model is None:
         raise click.UsageError("MODEL is missing: tiny, small, base, or a folder.")
+    if choices["images"] > 1 and not choices["sizes"]:
+        raise click.UsageError("--images says how many of each --image; give an --image such as 1920x1080.")
     plan = _plan(model, targets, choices)
     click.echo(json.dumps(plan.to_dict(), indent=2, ensure_ascii=False) if as_json else describe(plan))
 
