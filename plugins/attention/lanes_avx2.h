@@ -24,6 +24,7 @@ struct Lanes {
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
   static Reg where_less(Reg a, Reg b, Reg yes, Reg no) {
@@ -37,6 +38,24 @@ struct Lanes {
   static Reg alone(Reg x) {
     __asm__("" : "+x"(x));
     return x;
+  }
+  // Rows of an 8 × 8 matrix become its columns.
+  static void transpose(Reg* x) {
+    Reg y[8];
+    for (int i = 0; i < 8; i += 2) {
+      y[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+      y[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+      for (int j = 0; j < 4; ++j) {
+        const __m256d a = _mm256_castps_pd(y[i + j / 2]), b = _mm256_castps_pd(y[i + j / 2 + 2]);
+        x[i + j] = _mm256_castpd_ps(j % 2 ? _mm256_unpackhi_pd(a, b) : _mm256_unpacklo_pd(a, b));
+      }
+    for (int j = 0; j < 4; ++j) {
+      const Reg a = x[j], b = x[j + 4];
+      x[j] = _mm256_permute2f128_ps(a, b, 0x20);
+      x[j + 4] = _mm256_permute2f128_ps(a, b, 0x31);
+    }
   }
   static float sum(Reg x) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

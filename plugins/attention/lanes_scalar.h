@@ -18,6 +18,7 @@ struct Lanes {
   static Reg add(Reg a, Reg b) { return a + b; }
   static Reg sub(Reg a, Reg b) { return a - b; }
   static Reg mul(Reg a, Reg b) { return a * b; }
+  static Reg div(Reg a, Reg b) { return a / b; }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }  // b where either is NaN
   static Reg where_less(Reg a, Reg b, Reg yes, Reg no) { return a < b ? yes : no; }
@@ -30,6 +31,7 @@ struct Lanes {
     __asm__("" : VL2_FLOAT_REGISTER(x));
     return x;
   }
+  static void transpose(Reg*) {}
   static float sum(Reg x) { return x; }
 };
 

@@ -107,17 +107,24 @@ inline void expand_codes(const int8_t* from, int64_t width, float scale, float* 
   for (; i < width; ++i) to[i] = load_one(from + i) * scale;
 }
 
-// Row `row` of the cache as floats.
-inline void load_row(const Cache& cache, int64_t row, float* to) {
-  const int64_t width = cache.width(), start = row * width;
+// Asks for `bytes` bytes from `at` on; hardware does not see through the order of the rows.
+inline void fetch(const void* at, int64_t bytes) {
+  constexpr int64_t kLine = 64;
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(at) + i);
+}
+
+// Columns [begin, end) of row `row` of the cache as floats.
+__attribute__((always_inline)) inline void load_columns(const Cache& cache, int64_t row, int64_t begin, int64_t end, float* to) {
+  const int64_t start = row * cache.width() + begin, split = cache.plain_width, width = end - begin;
   if (cache.type == CacheType::kFloat) {
-    __builtin_memcpy(to, static_cast<const float*>(cache.data) + start, static_cast<size_t>(width) * sizeof(float));
+    expand(static_cast<const float*>(cache.data) + start, width, to);
   } else if (cache.type == CacheType::kHalf) {
     expand(static_cast<const uint16_t*>(cache.data) + start, width, to);
   } else {
-    const float* scale = cache.scales + row * cache.parts();
+    const float* scales = cache.scales + row * cache.parts();
     const int8_t* codes = static_cast<const int8_t*>(cache.data) + start;
-    if (cache.plain_width) expand_codes(codes, cache.plain_width, *scale++, to);
-    if (cache.rotary_width) expand_codes(codes + cache.plain_width, cache.rotary_width, *scale, to + cache.plain_width);
+    const int64_t plain = begin < split ? (end < split ? end : split) - begin : 0;
+    expand_codes(codes, plain, scales[0], to);
+    expand_codes(codes + plain, width - plain, scales[cache.parts() - 1], to + plain);
   }
 }

@@ -47,10 +47,12 @@ inline void add_values(const float* weights, const T* value, int64_t stride, int
 // Scores of every head [heads][padded] for n tokens of the cache from row `row` on.
 template <typename T>
 inline void stream_keys(const Problem& p, const float* q, int64_t row, int64_t n, int64_t padded, float* s) {
-  const int64_t width = p.keys.width();
+  constexpr int64_t kAhead = 4096;  // bytes
+  const int64_t width = p.keys.width(), row_bytes = width * static_cast<int64_t>(sizeof(T));
   const T* key = static_cast<const T*>(p.keys.data) + row * width;
   for (int64_t t = 0; t < n; ++t)
     for (int64_t g = 0; g < p.kv_heads; ++g, key += width) {
+      fetch(reinterpret_cast<const char*>(key) + kAhead, row_bytes);
       const float scale = p.keys.type == CacheType::kInt8 ? p.keys.scales[row + t * p.kv_heads + g] : 1.0f;
       for (int64_t h = g * p.group(); h < (g + 1) * p.group(); ++h)
         s[h * padded + t] = dot(q + h * width, key, width) * scale;
@@ -61,10 +63,15 @@ template <typename T>
 inline void stream_values(const Problem& p, const float* weights, int64_t row, int64_t n, int64_t padded, float* o) {
   const int64_t width = p.value_width, stride = p.kv_heads * width;
   const T* value = static_cast<const T*>(p.values.data) + row * width;
+  const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
   int64_t t = 0;
   for (; t + 8 <= n; t += 8)
-    for (int64_t h = 0; h < p.heads; ++h)
-      add_values<8>(weights + h * padded + t, value + t * stride + h / p.group() * width, stride, width, o + h * width);
+    for (int64_t h = 0; h < p.heads; ++h) {
+      const T* first = value + t * stride + h / p.group() * width;
+      if (h % p.group() == 0)
+        for (int64_t i = 8; i < 16; ++i) fetch(first + i * stride, row_bytes);
+      add_values<8>(weights + h * padded + t, first, stride, width, o + h * width);
+    }
   for (; t < n; ++t)
     for (int64_t h = 0; h < p.heads; ++h)
       add_values<1>(weights + h * padded + t, value + t * stride + h / p.group() * width, stride, width, o + h * width);

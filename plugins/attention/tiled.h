@@ -4,11 +4,10 @@
 // What a task computes depends on sizes only, never on the number of threads: neither do the results.
 #pragma once
 
-constexpr int64_t kTileTokens = 8 * Lanes::kTokens;
-
 struct Blocks {
   int64_t regs;              // registers of rows of a group: 1 or 2
   int64_t rows, per_head;    // rows of a block (a multiple of the group's), blocks of a kv head
+  int64_t tile;              // tokens that are expanded at a time
   int64_t chunk, chunks;     // tokens that a task reads, tasks of a block
   int64_t lanes() const { return regs * Lanes::kLanes; }
 };
@@ -24,16 +23,18 @@ inline int64_t longest_past(const Problem& p) {
 }
 
 inline Blocks make_blocks(const Problem& p) {
-  constexpr int64_t kEnoughTasks = 16, kLongestChunk = 8;
+  constexpr int64_t kEnoughTasks = 16, kShortest = 64, kLongest = 512;
   Blocks blocks;
   const int64_t rows = p.tokens * p.group(), total = longest_past(p) + p.tokens;
   blocks.regs = rows <= Lanes::kLanes ? 1 : 2;
   const int64_t lanes = blocks.lanes(), wide = p.query.width() > 256 ? 32 : 64;
   blocks.rows = least(quotient_up(rows, lanes) * lanes, most(wide, lanes));
   blocks.per_head = quotient_up(rows, blocks.rows);
-  const int64_t tasks = p.batch * p.kv_heads * blocks.per_head, tiles = quotient_up(total, kTileTokens);
-  const int64_t wanted = tasks >= kEnoughTasks ? tiles : least(quotient_up(tiles * tasks, kEnoughTasks), kLongestChunk);
-  blocks.chunk = wanted * kTileTokens;
+  // wide rows stay in the first-level cache from their expansion to their use; narrow ones save on rescaling
+  blocks.tile = (p.query.width() > 256 ? 2 : 8) * Lanes::kTokens;
+  const int64_t tasks = p.batch * p.kv_heads * blocks.per_head;
+  const int64_t share = most(least(quotient_up(total * tasks, kEnoughTasks), kLongest), kShortest);
+  blocks.chunk = quotient_up(tasks >= kEnoughTasks ? total : share, blocks.tile) * blocks.tile;
   blocks.chunks = quotient_up(total, blocks.chunk);
   return blocks;
 }
@@ -66,25 +67,39 @@ inline int64_t rows_of(const Problem& p, const Blocks& blocks, const Block& bloc
 }
 
 // q [groups][width][lanes]: the block's queries, rotated and multiplied by the softmax scale; lanes without a row are 0.
-// row: space for one query.
-inline void gather_block(const Problem& p, const Blocks& blocks, const Block& block, float* row, float* q) {
+// space: kLanes queries.
+inline void gather_block(const Problem& p, const Blocks& blocks, const Block& block, float* space, float* q) {
   const int64_t width = p.query.width(), lanes = blocks.lanes(), count = rows_of(p, blocks, block);
-  __builtin_memset(q, 0, static_cast<size_t>(blocks.rows * width) * sizeof(float));
-  for (int64_t r = 0; r < count; ++r) {
-    const int64_t index = block.first + r;
-    gather_row(p.query, p, block.b, index / p.group(), block.g * p.group() + index % p.group(), row);
-    float* to = q + r / lanes * width * lanes + r % lanes;
-    for (int64_t i = 0; i < width; ++i) to[i * lanes] = row[i] * p.scale;
+  const auto scale = Lanes::set1(p.scale);
+  for (int64_t first = 0; first < blocks.rows; first += Lanes::kLanes) {
+    __builtin_memset(space, 0, static_cast<size_t>(Lanes::kLanes * width) * sizeof(float));
+    for (int64_t r = first; r < least(first + Lanes::kLanes, count); ++r) {
+      const int64_t index = block.first + r, head = block.g * p.group() + index % p.group();
+      gather_row(p.query, p, block.b, index / p.group(), head, space + (r - first) * width);
+    }
+    float* to = q + first / lanes * width * lanes + first % lanes;
+    int64_t i = 0;
+    for (; i + Lanes::kLanes <= width; i += Lanes::kLanes) {
+      Lanes::Reg x[Lanes::kLanes];
+      for (int r = 0; r < Lanes::kLanes; ++r) x[r] = Lanes::mul(Lanes::load(space + r * width + i), scale);
+      Lanes::transpose(x);
+      for (int c = 0; c < Lanes::kLanes; ++c) Lanes::store(to + (i + c) * lanes, x[c]);
+    }
+    for (; i < width; ++i)
+      for (int r = 0; r < Lanes::kLanes; ++r) to[i * lanes + r] = space[r * width + i] * p.scale;
   }
 }
 
-// A tile of a cache from token `t` on; expanded to floats in `space` where it is not contiguous floats already.
-inline Tile tile_of(const Problem& p, const Cache& cache, const Block& block, int64_t t, int64_t n, float* space) {
-  const int64_t width = cache.width(), row = (block.b * p.capacity + t) * p.kv_heads + block.g;
-  if (cache.type == CacheType::kFloat && p.kv_heads == 1)
-    return {static_cast<const float*>(cache.data) + row * width, width, n, nullptr, 0};
-  for (int64_t i = 0; i < n; ++i) load_row(cache, row + i * p.kv_heads, space + i * width);
-  return {space, width, n, nullptr, 0};
+// A tile of a cache from row `row` on, as floats in the space that `tile` names.
+inline void fill_tile(const Problem& p, const Cache& cache, int64_t row, const Tile& tile, float* space) {
+  const int64_t width = cache.width();
+  for (int64_t i = 0; i < tile.n; ++i, row += p.kv_heads) {
+    float* to = space + i * kSegment;
+    int64_t c = 0;
+    // a constant width lets the compiler unroll
+    for (; c + kSegment <= width; c += kSegment) load_columns(cache, row, c, c + kSegment, to + c * tile.tokens);
+    if (c < width) load_columns(cache, row, c, width, to + c * tile.tokens);
+  }
 }
 
 // What tasks share. q and states are null where every block is one task, which then has its own.
@@ -95,8 +110,8 @@ struct Tiled {
 
   int64_t q_floats() const { return blocks.rows * p.query.width(); }
   int64_t own_floats() const {
-    const int64_t tiles = kTileTokens * (p.query.width() + p.value_width), rows = kTileTokens * blocks.rows;
-    return tiles + rows + blocks.rows + p.query.width() + q_floats() + State::floats(p, blocks);
+    const int64_t tiles = blocks.tile * (segmented(p.query.width()) + segmented(p.value_width)), rows = blocks.tile * blocks.rows;
+    return tiles + rows + blocks.rows + Lanes::kLanes * p.query.width() + q_floats() + State::floats(p, blocks);
   }
 };
 
@@ -136,7 +151,7 @@ inline void take_tile(const Tiled& tiled, const float* q, const Tile& keys, cons
       keep[r] = softmax_step(s + r * Lanes::kLanes, tile.n, kRow, visible ? visible + row : nullptr,
                              state.largest + row, state.sum + row);
     }
-    value_tile<kRegs>(s, keep, {values.rows, values.stride, tile.n, nullptr, 0}, p.value_width,
+    value_tile<kRegs>(s, keep, {values.segments, values.tokens, tile.n, nullptr, 0}, p.value_width,
                       state.o + first * p.value_width);
   }
 }
@@ -146,19 +161,23 @@ inline void attend_range(const Tiled& tiled, const Block& block, int64_t begin, 
                          const State& state) {
   const Problem& p = tiled.p;
   const int64_t width = p.query.width();
-  float* value_space = own + kTileTokens * width;
-  float* s = value_space + kTileTokens * p.value_width;
-  float* visible = s + kTileTokens * tiled.blocks.rows;
-  for (int64_t t = begin; t < end; t += kTileTokens) {
-    const int64_t n = least(kTileTokens, end - t);
-    Tile keys = tile_of(p, p.keys, block, t, n, own);
+  const int64_t tile = tiled.blocks.tile;
+  float* value_space = own + tile * segmented(width);
+  float* s = value_space + tile * segmented(p.value_width);
+  float* visible = s + tile * tiled.blocks.rows;
+  for (int64_t t = begin; t < end; t += tile) {
+    const int64_t n = least(tile, end - t), row = (block.b * p.capacity + t) * p.kv_heads + block.g;
+    Tile keys{own, tile, n, nullptr, 0}, values = keys;
+    fill_tile(p, p.keys, row, keys, own);
     if (p.kv_heads == 1 && t + n < end) {
       const int64_t step = p.keys.element_size() * (tiled.blocks.regs == 1 ? 2 : 1) * Lanes::kTokens;
       keys.ahead = static_cast<const char*>(p.keys.data) + (block.b * p.capacity + t + n) * width * p.keys.element_size();
       keys.ahead_step = step;
     }
-    const Tile values = p.shared_values() ? Tile{keys.rows, keys.stride, n, nullptr, 0}
-                                          : tile_of(p, p.values, block, t, n, value_space);
+    if (!p.shared_values()) {
+      values.segments = value_space;
+      fill_tile(p, p.values, row, values, value_space);
+    }
     const float* limits = limit_rows(p, tiled.blocks, block, t, n, visible) ? visible : nullptr;
     (tiled.blocks.regs == 1 ? take_tile<1> : take_tile<2>)(tiled, q, keys, values, s, limits, state);
   }

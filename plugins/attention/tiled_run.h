@@ -8,16 +8,32 @@ inline void each(const Parallel& parallel, int64_t count, bool side_by_side, con
   for (int64_t i = 0; i < count; ++i) body(static_cast<size_t>(i));
 }
 
-// Output rows of a block: o [groups][width][lanes] / sum.
-inline void write_block(const Problem& p, const Blocks& blocks, const Block& block, const State& state) {
-  const int64_t lanes = blocks.lanes(), count = rows_of(p, blocks, block);
-  for (int64_t r = 0; r < count; ++r) {
-    const int64_t index = block.first + r, head = block.g * p.group() + index % p.group();
-    const float* from = state.o + r / lanes * p.value_width * lanes + r % lanes;
-    float* to = p.output + block.b * p.output_strides.batch + index / p.group() * p.output_strides.token +
-                head * p.output_strides.head;
-    const float factor = 1.0f / state.sum[r];
-    for (int64_t i = 0; i < p.value_width; ++i) to[i] = from[i * lanes] * factor;
+// Columns [begin, end) of a block's output: o [groups][width][lanes] / sum.
+inline void write_columns(const Tiled& tiled, const Block& block, const State& state, int64_t begin, int64_t end) {
+  const Problem& p = tiled.p;
+  const int64_t lanes = tiled.blocks.lanes(), count = rows_of(p, tiled.blocks, block);
+  for (int64_t first = 0; first < count; first += Lanes::kLanes) {
+    const int64_t rows = least(Lanes::kLanes, count - first);
+    const float* from = state.o + first / lanes * p.value_width * lanes + first % lanes;
+    float* to[Lanes::kLanes];
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t index = block.first + first + r, head = block.g * p.group() + index % p.group();
+      to[r] = p.output + block.b * p.output_strides.batch + index / p.group() * p.output_strides.token +
+              head * p.output_strides.head;
+    }
+    const auto factor = Lanes::div(Lanes::set1(1.0f), Lanes::load(state.sum + first));
+    int64_t i = begin;
+    for (; i + Lanes::kLanes <= end; i += Lanes::kLanes) {
+      Lanes::Reg x[Lanes::kLanes];
+      for (int c = 0; c < Lanes::kLanes; ++c) x[c] = Lanes::mul(Lanes::load(from + (i + c) * lanes), factor);
+      Lanes::transpose(x);
+      for (int64_t r = 0; r < rows; ++r) Lanes::store(to[r] + i, x[r]);
+    }
+    for (; i < end; ++i) {
+      float x[Lanes::kLanes];
+      Lanes::store(x, Lanes::mul(Lanes::load(from + i * lanes), factor));
+      for (int64_t r = 0; r < rows; ++r) to[r][i] = x[r];
+    }
   }
 }
 
@@ -29,12 +45,12 @@ inline bool attend_whole(const Tiled& tiled, int64_t index) {
   const Block block = block_of(p, tiled.blocks, index);
   const int64_t last = (block.first + rows_of(p, tiled.blocks, block) - 1) / p.group();
   float* q = own + tiled.own_floats() - tiled.q_floats();
-  float* row = q - p.query.width();
-  const State state(row - State::floats(p, tiled.blocks), p, tiled.blocks);
-  gather_block(p, tiled.blocks, block, row, q);
+  float* space = q - Lanes::kLanes * p.query.width();
+  const State state(space - State::floats(p, tiled.blocks), p, tiled.blocks);
+  gather_block(p, tiled.blocks, block, space, q);
   state.clear(p, tiled.blocks);
   attend_range(tiled, block, 0, p.past[block.b] + last + 1, q, own, state);
-  write_block(p, tiled.blocks, block, state);
+  write_columns(tiled, block, state, 0, p.value_width);
   return true;
 }
 
@@ -53,33 +69,45 @@ inline bool attend_chunk(const Tiled& tiled, int64_t index) {
   return true;
 }
 
-// Brings the chunks of a block to their common largest score and adds them up in the first one's state.
-inline void merge_block(const Tiled& tiled, int64_t number) {
+// Columns [begin, end) of a block's values over all chunks, brought to the common largest score, in the first chunk's
+// state, and to the output. sums [rows]: space of this call.
+inline void merge_columns(const Tiled& tiled, int64_t number, int64_t begin, int64_t end, float* sums) {
   const Problem& p = tiled.p;
   const Blocks& blocks = tiled.blocks;
-  const int64_t floats = State::floats(p, blocks), lanes = blocks.lanes();
-  float* states = tiled.states + number * blocks.chunks * floats;
+  const int64_t floats = State::floats(p, blocks), lanes = blocks.lanes(), chunks = blocks.chunks;
+  float* states = tiled.states + number * chunks * floats;
   const State whole(states, p, blocks);
+  float* factors = sums + blocks.rows;
   for (int64_t r = 0; r < blocks.rows; r += Lanes::kLanes) {
-    auto top = minus_infinity();
-    for (int64_t c = 0; c < blocks.chunks; ++c)
-      top = Lanes::max(top, Lanes::load(State(states + c * floats, p, blocks).largest + r));
+    auto top = minus_infinity(), sum = Lanes::zero();
+    for (int64_t c = 0; c < chunks; ++c) top = Lanes::max(top, Lanes::load(whole.largest + c * floats + r));
     const auto base = finite_base(top);
-    auto sum = Lanes::zero();
-    for (int64_t c = 0; c < blocks.chunks; ++c) {
-      const State part(states + c * floats, p, blocks);
-      const auto factor = exp_lanes(Lanes::sub(Lanes::load(part.largest + r), base));
-      sum = Lanes::fma(Lanes::load(part.sum + r), factor, sum);
-      float* o = whole.o + r / lanes * p.value_width * lanes + r % lanes;
-      const float* from = part.o + (o - whole.o);
-      for (int64_t i = 0; i < p.value_width * lanes; i += lanes) {
-        const auto scaled = Lanes::mul(Lanes::load(from + i), factor);
-        Lanes::store(o + i, c == 0 ? scaled : Lanes::add(Lanes::load(o + i), scaled));
-      }
+    for (int64_t c = 0; c < chunks; ++c) {
+      const auto factor = exp_lanes(Lanes::sub(Lanes::load(whole.largest + c * floats + r), base));
+      sum = Lanes::fma(Lanes::load(whole.sum + c * floats + r), factor, sum);
+      Lanes::store(factors + c * Lanes::kLanes, factor);
     }
-    Lanes::store(whole.sum + r, sum);
+    Lanes::store(sums + r, sum);
+    float* o = whole.o + r / lanes * p.value_width * lanes + r % lanes;
+    for (int64_t i = begin; i < end; ++i) {
+      auto value = Lanes::zero();
+      for (int64_t c = 0; c < chunks; ++c)
+        value = Lanes::fma(Lanes::load(o + c * floats + i * lanes), Lanes::load(factors + c * Lanes::kLanes), value);
+      Lanes::store(o + i * lanes, value);
+    }
   }
-  write_block(p, blocks, block_of(p, blocks, number), whole);
+  State merged = whole;
+  merged.sum = sums;
+  write_columns(tiled, block_of(p, blocks, number), merged, begin, end);
+}
+
+// One slice of the columns of one block.
+inline bool merge_slice(const Tiled& tiled, int64_t index) {
+  const int64_t slices = quotient_up(tiled.p.value_width, kSegment), begin = index % slices * kSegment;
+  float* sums = scratch(Scratch::own, static_cast<size_t>(tiled.blocks.rows + tiled.blocks.chunks * Lanes::kLanes));
+  if (!sums) return false;
+  merge_columns(tiled, index / slices, begin, least(begin + kSegment, tiled.p.value_width), sums);
+  return true;
 }
 
 // False where memory ran out.
@@ -94,14 +122,15 @@ inline bool attend_tiled(const Problem& p, const Parallel& parallel) {
     return !failed;
   }
   const int64_t states = count * blocks.chunks * State::floats(p, blocks);
-  tiled.states = scratch(Scratch::shared, static_cast<size_t>(states + count * tiled.q_floats() + p.query.width()));
+  tiled.states = scratch(Scratch::shared, static_cast<size_t>(states + count * tiled.q_floats() + Lanes::kLanes * p.query.width()));
   if (!tiled.states) return false;
   tiled.q = tiled.states + states;
-  float* row = tiled.q + count * tiled.q_floats();
+  float* space = tiled.q + count * tiled.q_floats();
   for (int64_t i = 0; i < count; ++i)
-    gather_block(p, blocks, block_of(p, blocks, i), row, tiled.q + i * tiled.q_floats());
+    gather_block(p, blocks, block_of(p, blocks, i), space, tiled.q + i * tiled.q_floats());
   each(parallel, count * blocks.chunks, true, [&](size_t i) { noted(attend_chunk(tiled, static_cast<int64_t>(i))); });
   if (failed) return false;
-  each(parallel, count, true, [&](size_t i) { merge_block(tiled, static_cast<int64_t>(i)); });
-  return true;
+  const int64_t slices = quotient_up(p.value_width, kSegment);
+  each(parallel, count * slices, true, [&](size_t i) { noted(merge_slice(tiled, static_cast<int64_t>(i))); });
+  return !failed;
 }
