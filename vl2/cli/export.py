@@ -41,9 +41,9 @@ _OF_CALIBRATION = {name: f"--{name}" for name in ("samples", "tokens", "tolerate
 @click.option("--no-calib", is_flag=True, help="Quantize without calibration.")
 @quantization_options
 @sampling_options
-@click.option("--lowering", type=click.Choice(["ort", "portable"]),
-              help="ort: onnxruntime's own operators for packed weights, the default where there are any; portable: "
-                   "standard ONNX.")
+@click.option("--lowering", type=click.Choice(["ort", "cpu", "portable"]),
+              help="ort: onnxruntime's own operators for packed weights, the default where there are any; cpu: vl2's "
+                   "operator library, for CPUs; portable: standard ONNX.")
 @max_ram_option
 @click.option("--dry-run", is_flag=True, help="Print sizes by module, peak memory and time; write nothing.")
 @click.option("--no-verify", is_flag=True, help="Skip the parity run; the manifest says so.")

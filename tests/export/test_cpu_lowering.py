@@ -1,0 +1,162 @@
+"""Bundles that run on the operator library: parity with PyTorch, the portable bundle's answers, weights bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from vl2 import operators
+from vl2.config import load_config
+from vl2.errors import VL2Error
+from vl2.export import ExportOptions, export_checkpoint, plan_export
+from vl2.manifest import Manifest, read_manifest
+from vl2.model.checkpoint import iter_tensors, parameter_sources
+from vl2.plugins.native.layout import ROWS, Layout, unpack
+from vl2.runtime import GenerationOptions, open_bundle
+
+pytestmark = pytest.mark.skipif(operators.library_path()[0] is None, reason="the operator library was not built")
+
+CASES = [("small-mini", "int4"), ("base-mini", "int8"), ("tiny-mini", "fp16")]
+PREFIXES = {"Linear": {1: ""}, "Experts": {2: "", 3: "down_", 5: "shared_", 6: "shared_down_"}}
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def exported(request, goldens: Path, quantized_of, bundle_of) -> tuple[Path, Path, Manifest]:
+    """Checkpoint, bundle, manifest."""
+    name, scheme = request.param
+    folder = goldens / name if scheme == "fp16" else quantized_of(goldens / name, scheme)
+    bundle = bundle_of(folder, "fp16" if scheme == "fp16" else None, "cpu")
+    return folder, bundle, read_manifest(bundle)
+
+
+def test_parity_with_the_model_is_recorded_and_far_inside_its_bound(exported) -> None:
+    verify = exported[2].verify
+    assert verify["status"] == "passed" and verify["tokens_equal"]
+    assert max(verify["logits_difference"], verify["chunked_difference"], verify["features_difference"]) < 5e-5
+
+
+def test_answers_are_those_of_the_portable_bundle(exported, goldens: Path, bundle_of) -> None:
+    """Over three turns, so that chunks, decode steps and a cache that is cut and grown take part."""
+    folder, bundle, manifest = exported
+    scheme = "fp16" if manifest.scheme == "fp16" else None
+    options = GenerationOptions(max_new_tokens=40, ignore_eos=True, prefill_chunk=100)
+    image = goldens / "images" / "sq_384x384.png"
+    answers = []
+    for path in (bundle, bundle_of(folder, scheme, "portable")):
+        chat = open_bundle(path).chat()
+        first, second = chat.ask("What is shown?", [image], options), chat.ask("And where?", options=options)
+        answers.append([first.token_ids, second.token_ids, open_bundle(path).ask("Why?", options=options).token_ids])
+        assert second.reused_tokens >= first.prompt_tokens
+    assert answers[0] == answers[1]
+
+
+def test_the_plan_foretells_the_sizes(exported) -> None:
+    folder, bundle, manifest = exported
+    plan = plan_export(folder, ExportOptions(lowering="cpu"))
+    assert plan.modules == manifest.modules and plan.lowering == manifest.lowering == "cpu"
+
+
+def test_every_linear_and_all_experts_and_attentions_are_nodes_of_the_library(exported) -> None:
+    folder, bundle, manifest = exported
+    config = load_config(folder).language_config
+    nodes = [node for node in onnx.load(bundle / "decoder.onnx", load_external_data=False).graph.node]
+    counts = {name: sum(node.op_type == name for node in nodes) for name in ("Experts", "Attention", "LatentAttention")}
+    layers, moe = config.num_hidden_layers, sum(config.is_moe(l) for l in range(config.num_hidden_layers))
+    assert counts == {"Experts": moe, "Attention": layers * (not config.use_mla), "LatentAttention":
+                      layers * config.use_mla}  # fmt: skip
+    # the router, in float32, and the rotary tables are all that is left to standard operators
+    assert sum(node.op_type in ("Gemm", "MatMulNBits") for node in nodes) == moe
+
+
+def test_stored_weights_are_the_checkpoints_bit_for_bit(exported) -> None:
+    folder, bundle, manifest = exported
+    config, weights = load_config(folder), {name: tensor.float().numpy() for name, tensor in iter_tensors(folder)}
+    sources, seen = parameter_sources(config), set()
+    for parameter, layout, stored in native_weights(bundle, manifest):
+        joined = ".mlp.experts." in parameter or ".mlp.shared_experts." in parameter
+        partner = parameter.replace("gate_proj", "up_proj") if joined and "gate_proj" in parameter else None
+        for expert, name in enumerate(sources[parameter]):
+            start = expert * layout.size_bytes
+            got = unpack(layout, stored[start : start + layout.size_bytes])
+            names = [name] if partner is None else [name, sources[partner][expert]]
+            for turn, source in enumerate(names):
+                wanted = weights[source]
+                rows = got if partner is None else got.reshape(-1, len(names), ROWS, got.shape[1])[:, turn]
+                rows = rows.reshape(-1, got.shape[1])[: len(wanted)]
+                expected = wanted if layout.quantized else wanted.astype(np.float16).astype(np.float32)
+                assert np.array_equal(rows, expected), source
+                seen.add(source)
+    assert len(seen) == sum(tensor.ndim == 2 for name, tensor in weights.items() if is_multiplied(name))
+
+
+def is_multiplied(name: str) -> bool:
+    """Whether a tensor of the checkpoint is a matrix that the library multiplies with."""
+    others = ("embed_tokens.weight", "mlp.gate.weight", "kv_b_proj.weight")
+    return name.endswith("weight") and not name.endswith(others) and ".attn_pool." not in name
+
+
+def native_weights(bundle: Path, manifest: Manifest):
+    """Parameter, layout of one matrix and bytes of every weight that a node of the library reads."""
+    for graph in manifest.graphs.values():
+        model = onnx.load(bundle / graph.file, load_external_data=False).graph
+        places = {tensor.name: {e.key: e.value for e in tensor.external_data} for tensor in model.initializer}
+        for node in model.node:
+            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            for index, prefix in PREFIXES.get(node.op_type, {}).items() if node.domain == "vl2" else ():
+                if index >= len(node.input) or not node.input[index]:
+                    continue
+                place, name = places[node.input[index]], node.input[index]
+                stored = np.fromfile(bundle / place["location"], np.uint8, int(place["length"]),
+                                     offset=int(place["offset"]))  # fmt: skip
+                yield name, layout_of(attributes, node.op_type, prefix), stored
+
+
+def layout_of(attributes: dict, op_type: str, prefix: str) -> Layout:
+    """As the node's attributes say."""
+    if op_type == "Linear":
+        rows, columns = attributes["N"], attributes["K"]
+    else:
+        hidden = attributes["hidden_size"]
+        inner = attributes["shared_size"] if prefix.startswith("shared") else attributes["inner_size"]
+        rows, columns = (hidden, inner) if prefix.endswith("down_") else (2 * -(-inner // ROWS) * ROWS, hidden)
+    form = [attributes[prefix + key] for key in ("scheme", "group_size", "scale_dtype")]
+    return Layout(rows, columns, form[0].decode(), form[1], form[2].decode())
+
+
+def test_float32_is_refused(goldens: Path) -> None:
+    with pytest.raises(VL2Error, match="the scheme `fp32` was asked for"):
+        plan_export(goldens / "tiny-mini", ExportOptions("fp32", lowering="cpu"))
+
+
+def test_a_bundle_is_refused_where_the_library_is_absent(exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "NAME", "absent.so")
+    with pytest.raises(VL2Error, match="has the lowering `cpu`, and the operator library .* was not built") as caught:
+        open_bundle(exported[1]).ask("What?")
+    assert "--lowering ort" in caught.value.hint
+
+
+def test_the_library_is_named_where_onnxruntime_refuses_it(
+    exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.so").write_bytes(b"no library")
+    monkeypatch.setattr(operators, "library_path", lambda: (tmp_path / "broken.so", None))
+    with pytest.raises(VL2Error, match="onnxruntime does not load .*broken.so"):
+        open_bundle(exported[1]).ask("What?")
+
+
+def test_an_interrupted_export_gives_the_same_files(quantized_of, goldens: Path, tmp_path: Path, bundle_of) -> None:
+    class Killed(BaseException):
+        pass
+
+    def progress(stage: str, done_bytes: int, total_bytes: int) -> None:
+        if stage == "decoder weights":
+            raise Killed
+
+    folder, options = quantized_of(goldens / "small-mini", "int4"), ExportOptions(verify=False, lowering="cpu")
+    with pytest.raises(Killed):
+        export_checkpoint(folder, tmp_path / "bundle", options, progress)
+    assert export_checkpoint(folder, tmp_path / "bundle", options).files == \
+        read_manifest(bundle_of(folder, None, "cpu")).files
