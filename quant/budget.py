@@ -32,8 +32,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The option of every item by its name; sums of sizes and losses. `gap`: what the KLD may be above the optimum's,
-    the loss of one demotion."""
+    """The option of every item by its name; sums of sizes (what is fixed included) and losses.
+
+    gap: what the KLD may be above the optimum's, the loss of one demotion.
+    """
 
     chosen: dict[str, Option]
     size_bytes: int
@@ -41,25 +43,26 @@ class Allocation:
     gap: float
 
 
-def allocate(items: Sequence[Item], budget_bytes: int) -> Allocation:
-    """The options with the least Σ KLD whose sizes fit, at most `gap` above the optimum.
+def allocate(items: Sequence[Item], budget_bytes: int, fixed_bytes: int = 0) -> Allocation:
+    """The options with the least Σ KLD whose sizes fit beside `fixed_bytes`, at most `gap` above the optimum.
 
     Of the hulls' demotions, ordered by loss a byte, as many as are needed; then the one replacement of an option that
     still fits and gains most, tried on every fitting prefix of the demotions, which makes the KLD never larger at a
     larger budget. Raises VL2Error naming the smallest size that can be reached.
     """
-    smallest = sum(min(option.size_bytes for option in item.options) for item in items)
+    smallest = fixed_bytes + sum(min(option.size_bytes for option in item.options) for item in items)
     if smallest > budget_bytes:
         raise VL2Error(f"the budget is {_size(budget_bytes)}, and the smallest that can be reached is "
                        f"{_size(smallest)} ({smallest} bytes)",
                        f"give a budget of at least {_size(smallest)}, or leave out options that keep parts in FP16")
-    chain = _chain(items)
-    fitting = [found for found in chain if _sum(found)[0] <= budget_bytes]
+    chain, free = _chain(items), budget_bytes - fixed_bytes
+    fitting = [found for found in chain if _sum(found)[0] <= free]
     passed = chain[len(chain) - len(fitting) - 1] if len(fitting) < len(chain) else None
     gap = 0.0 if passed is None else _sum(fitting[0])[1] - _sum(passed)[1]
-    best = min((_improved(items, found, budget_bytes) for found in fitting), key=lambda found: _sum(found)[::-1])
+    best = min((_improved(items, found, free) for found in fitting), key=lambda found: _sum(found)[::-1])
     size, kld = _sum(best)
-    return Allocation({item.name: option for item, option in zip(items, best, strict=True)}, size, kld, max(gap, 0.0))
+    return Allocation({item.name: option for item, option in zip(items, best, strict=True)}, fixed_bytes + size, kld,
+                      max(gap, 0.0))
 
 
 def _chain(items: Sequence[Item]) -> list[list[Option]]:

@@ -25,10 +25,10 @@ _LAYER_INPUT = "mlp.input"
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage is quantized from: the checkpoint, what was measured, the schemes and the method."""
+    """What a stage is quantized from: the checkpoint, what was measured (or None), the schemes and the method."""
 
     source: Source
-    statistics: LayerStatistics
+    statistics: LayerStatistics | None
     schemes: Mapping[str, Scheme | None]
     method: Method
 

@@ -21,7 +21,7 @@ from vl2.quant.shard import write_text
 from vl2.quant.source import Source
 from vl2.safetensors_file import INDEX_NAME, TensorEntry
 
-DESCRIPTION_NAME = "quantization.json"
+DESCRIPTION_NAME, RECIPE_NAME = "quantization.json", "recipe.json"
 SCHEMA_VERSION = 1
 # Copied as they are; of these a checkpoint must have those that make a prompt.
 _COPIED = ("processor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -46,6 +46,8 @@ def publish(
     for name in (*_COPIED, *_ALSO_COPIED):
         if (source.folder / name).exists():
             shutil.copyfile(source.folder / name, folder / name)
+    if description["recipe"].rules:
+        write_text(folder / RECIPE_NAME, json.dumps(to_json(description["recipe"]), indent=1) + "\n")
     facts = {"schema_version": SCHEMA_VERSION, "source": _source_facts(source), "modules": _sizes(shards)}
     facts |= {key: value for key, value in to_json(dict(description)).items() if key != "forms"}
     write_text(folder / DESCRIPTION_NAME, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")

@@ -20,28 +20,28 @@ from vl2.errors import VL2Error
 from vl2.json_file import from_json, read_json, to_json
 from vl2.quant.checkpoint import TensorReader, packed_tensors
 from vl2.quant.fold import Stage
-from vl2.quant.linears import HEAD, WEIGHT
+from vl2.quant.linears import WEIGHT
 from vl2.quant.method import METHODS, method_named
 from vl2.quant.parts import Part, split_parts
 from vl2.quant.publish import check_place, publish, put_in_place
 from vl2.quant.quantization_config import form_of
 from vl2.quant.recipe import OuterParts, Recipe, assign_schemes, builtin_recipe, read_recipe
 from vl2.quant.shard import write_shard, write_text
-from vl2.quant.sites import Site, Unit, layer_units, router_of
 from vl2.quant.source import Source
-from vl2.quant.stage import MatrixReport, PartResult, leaning_experts, quantize_plain, quantize_stage
+from vl2.quant.stage import MatrixReport, PartResult, leaning_experts, quantize_part
 from vl2.quant.statistics import LayerStatistics
 from vl2.safetensors_file import read_header
 
 Progress = Callable[[str, int, int], None]
-_HEAD_SITE, _JOB_NAME = "lm_head.input", "job.json"
+_JOB_NAME = "job.json"
 
 
 @dataclass(frozen=True)
 class QuantizeOptions:
     """recipe: a built-in name or the path of a recipe file; outer: for built-in recipes only; method: of `METHODS`;
     calibration: what the statistics were made from, for quantization.json and the model card, flat; force: replace an
-    existing output; target: "vllm", or None for the recipe's own.
+    existing output; target: "vllm", or None for the recipe's own; budget: how a budget chose the recipe, for
+    quantization.json.
     """
 
     recipe: str = "int4"
@@ -50,6 +50,7 @@ class QuantizeOptions:
     calibration: Mapping[str, Any] | None = None
     force: bool = False
     target: str | None = None
+    budget: Mapping[str, Any] | None = None
 
 
 def quantize_checkpoint(
@@ -134,6 +135,7 @@ class Quantizer:
         return {
             "recipe": self.recipe, "method": self.options.method, "calibration": self.options.calibration,
             "leaning_experts": self._leaning_experts(reports), "forms": forms, "matrices": reports,
+            **({"budget": self.options.budget} if self.options.budget is not None else {}),
         }  # fmt: skip
 
     def _leaning_experts(self, reports: list[MatrixReport]) -> dict[str, list[int]]:
@@ -144,15 +146,8 @@ class Quantizer:
 
     def _result(self, part: Part, statistics: LayerStatistics | None) -> PartResult:
         modules = [name.removesuffix(WEIGHT) for name in self.parts[part] if name.endswith(WEIGHT)]
-        schemes = {module: self.schemes[module] for module in modules if self.schemes.get(module) is not None}
-        if statistics is None:
-            return quantize_plain(self.source, schemes, self.method, self._count)
         stage = Stage(self.source, statistics, self.schemes, self.method)
-        if part.stage == "head":
-            return quantize_stage(stage, [Unit((Site(_HEAD_SITE, (HEAD,)),))], None, self._count)
-        language = self.source.config.language_config
-        units = layer_units(language, part.layer, part.stage)
-        return quantize_stage(stage, units, router_of(language, part.layer, part.stage), self._count)
+        return quantize_part(stage, part, modules, self._count)
 
     def _tensors(self, part: Part, result: PartResult) -> dict[str, Tensor]:
         """The part's tensors in the source's order, packed, folded or as they were."""

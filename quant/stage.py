@@ -11,16 +11,18 @@ from torch import Tensor
 from vl2.errors import VL2Error
 from vl2.quant.affine import SMALLEST_SCALE, Quantized
 from vl2.quant.fold import Stage, fold_norms, fold_unit, search_norm_scales
-from vl2.quant.linears import expert_of
+from vl2.quant.linears import HEAD, WEIGHT, expert_of
 from vl2.quant.method import METHODS, Method, quantize_weight
 from vl2.quant.objective import relative_error
+from vl2.quant.parts import Part
 from vl2.quant.recipe import fell_back
 from vl2.quant.scheme import Scheme
-from vl2.quant.sites import Site, Unit
+from vl2.quant.sites import Site, Unit, layer_units, router_of
 from vl2.quant.source import Source
 from vl2.quant.statistics import Statistics
 
 Report = Callable[[str], None]
+HEAD_SITE = "lm_head.input"  # of calibration's last file
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,42 @@ def leaning_experts(reports: Iterable[MatrixReport], hidden_size: int) -> dict[s
         if expert is not None and report.module.endswith(".gate_proj") and report.tokens < hidden_size:
             leaning.setdefault(str(expert[0]), []).append(expert[1])
     return leaning
+
+
+class PartTensors(Mapping[str, Tensor]):
+    """What became of a part by the checkpoint's names, float32: folded, or dequantized each time it is asked for."""
+
+    def __init__(self, result: PartResult):
+        self._result = result
+
+    def __getitem__(self, name: str) -> Tensor:
+        folded = self._result.folded
+        return folded[name] if name in folded else self._result.quantized[name.removesuffix(WEIGHT)].dequantize()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._result.folded or str(name).removesuffix(WEIGHT) in self._result.quantized
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._result.folded
+        yield from (module + WEIGHT for module in self._result.quantized)
+
+    def __len__(self) -> int:
+        return len(self._result.folded) + len(self._result.quantized)
+
+
+def quantize_part(stage: Stage, part: Part, modules: Iterable[str], report: Report) -> PartResult:
+    """A part as its job wants it: a layer or head by its statistics where there are any, all else each by itself.
+
+    modules: the part's matrices in the file's order.
+    """
+    if stage.statistics is None:
+        schemes = {module: stage.schemes[module] for module in modules if stage.schemes.get(module) is not None}
+        return quantize_plain(stage.source, schemes, stage.method, report)
+    if part.stage == "head":
+        return quantize_stage(stage, [Unit((Site(HEAD_SITE, (HEAD,)),))], None, report)
+    language = stage.source.config.language_config
+    units = layer_units(language, part.layer, part.stage)
+    return quantize_stage(stage, units, router_of(language, part.layer, part.stage), report)
 
 
 def quantize_plain(source: Source, schemes: Mapping[str, Scheme], method: Method, report: Report) -> PartResult:

@@ -8,8 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import GOLDENS, MINI_CHECKPOINTS
+from vl2.config import load_config
 from vl2.errors import VL2Error
 from vl2.quant.budget import Item, Option, allocate, hull
+from vl2.quant.groups import decided_recipe, decision_groups, option_schemes
+from vl2.quant.linears import is_router
+from vl2.quant.recipe import assign_schemes
 
 OPTION = st.tuples(st.integers(1, 60), st.floats(0, 4, allow_nan=False))
 ITEMS = st.lists(st.lists(OPTION, min_size=1, max_size=4), min_size=1, max_size=5).map(
@@ -67,3 +72,28 @@ def test_an_impossible_budget_names_the_smallest_size() -> None:
     with pytest.raises(VL2Error, match=r"1\.000 MB \(1000000 bytes\)") as caught:
         allocate(items, 999_999)
     assert "at least 1.000 MB" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", MINI_CHECKPOINTS)
+def test_every_option_of_every_group_is_a_recipe_and_none_below_int8_where_that_hurts(name: str) -> None:
+    config = load_config(GOLDENS / name)
+    groups = decision_groups(config, {})
+    for group in groups:
+        for option in group.options:
+            schemes = option_schemes(groups, group, option, config)
+            changed = {module for module, scheme in schemes.items() if scheme is not None}
+            assert bool(changed) == (option != "keep") and not any(is_router(module) for module in changed)
+            assert not any(module.startswith("projector") for module in changed)
+            low = {module for module in changed if schemes[module].bits < 8}
+            assert not [module for module in low if not module.startswith("language.model.layers.") or "kv_a" in module]
+    smallest = {group.name: group.options[-1] for group in groups}
+    covered = assign_schemes(decided_recipe("all", groups, smallest, config), config)
+    assert {module for module, scheme in covered.items() if scheme is None} == {
+        module for module in covered if is_router(module) or module.startswith("projector")}
+
+
+def test_what_the_user_decided_is_no_longer_open() -> None:
+    groups = decision_groups(load_config(GOLDENS / "tiny-mini"), {"vision": "int8", "lm_head": "fp16"})
+    options = {group.name: group.options for group in groups}
+    assert options["vision"] == ("int8-channel",) and options["lm_head"] == ("keep",)
+    assert options["embeddings"] == ("keep", "int8-channel")
