@@ -16,13 +16,15 @@ from vl2.manifest import ImageFacts, LanguageFacts, ModuleFacts, TokenIds
 from vl2.modules import module_of
 from vl2.prompt import Processor
 
-# Copied into the bundle where the checkpoint has them; the runtime needs the first three.
+# Copied into the bundle where the checkpoint has them; the runtime needs the first three. recipe.json: what a quantized
+# checkpoint was made by, for the next one.
 _COPIED = (
     "config.json",
     "processor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "recipe.json",
 )
 _TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from vl2.export.facts import copied_contents
 from vl2.export.storing import Storing, check_lowering
 from vl2.quantization import WEIGHT, Form
 
-# Measured on bundles of the minis and vl2-nano, a tenth more: bytes of graphs by expert, layer, block of the tower and
-# for the rest, manifest and description included.
-_EXPERT, _LAYER, _BLOCK, _REST = 8_500, 16_000, 9_500, 55_000
+# Bytes of graphs by expert, layer and block of the tower, and of the manifest and the rest: 6 to 8 % more than bundles
+# of tiny-mini, small-mini and vl2-nano have.
+_EXPERT, _WIDE_EXPERT, _LAYER, _LATENT_LAYER, _BLOCK, _REST = 4_800, 7_100, 28_000, 34_000, 12_000, 30_000
 _PAGE, _ROW = 4096, 64  # where weights, and rows of a stack, begin in a data file
 _EMBEDDINGS = ("language.embed_tokens.weight", "image_newline", "view_seperator")
+
+_EXPERT_DOWN = re.compile(r"language\.model\.layers\.\d+\.mlp\.experts\.\d+\.down_proj")
 
 Forms = Mapping[str, Form | None]
 
@@ -27,14 +30,13 @@ def bundle_sizes(folder: Path, lowering: str | None = None) -> Callable[[Forms],
     """
     checkpoint = open_checkpoint(folder)
     copies = sum(len(content) for content in copied_contents(folder).values())
-    fixed = copies + _graph_bytes(checkpoint)
     lowering = check_lowering(lowering, quantized=True)
     modules = {name: sources[0].removesuffix(WEIGHT) for name, sources in checkpoint.sources.items()}
 
     def size(forms: Forms) -> int:
         packed = {name: form for name in checkpoint.shapes if (form := forms.get(modules[name])) is not None}
         storing = Storing(UNPACKED_SCHEME, lowering, checkpoint.shapes, packed)
-        return fixed + sum(_padded(storing, name) for name in checkpoint.shapes)
+        return copies + _graph_bytes(checkpoint, forms) + sum(_padded(storing, name) for name in checkpoint.shapes)
 
     return size
 
@@ -49,11 +51,13 @@ def _padded(storing: Storing, parameter: str) -> int:
     return sum(_up(copies * _up(part.size_bytes(matrix, len(matrix) - 1), _ROW), _PAGE) for part in parts)
 
 
-def _graph_bytes(checkpoint: Checkpoint) -> int:
+def _graph_bytes(checkpoint: Checkpoint, forms: Forms) -> int:
+    """INT8 experts are two planes with operators of their own, see `packed_storage`."""
     language, vision = checkpoint.config.language_config, checkpoint.config.vision_config
-    routed = sum(language.is_moe(l) for l in range(language.num_hidden_layers))
-    experts = routed * (language.n_routed_experts or 0)
-    return _EXPERT * experts + _LAYER * language.num_hidden_layers + _BLOCK * vision.layers + _REST
+    layers = language.num_hidden_layers * (_LATENT_LAYER if language.use_mla else _LAYER)
+    experts = [form for module, form in forms.items() if _EXPERT_DOWN.fullmatch(module)]
+    wide = sum(form is not None and form.bits == 8 for form in experts)
+    return _EXPERT * (len(experts) - wide) + _WIDE_EXPERT * wide + layers + _BLOCK * vision.layers + _REST
 
 
 def _up(size: int, unit: int) -> int:

@@ -15,6 +15,7 @@ from vl2.cli.options import (
     debug_option,
     json_option,
     max_ram_option,
+    outer_parts,
     quantization_options,
     sampling_options,
     to_data_options,
@@ -27,7 +28,7 @@ _CALIB_HELP = ("Calibration data for an integer scheme: a folder of images, JSON
                "what `vl2 calibrate` made. Without it, documents that vl2 draws, and the manifest says so.")
 # Options that only an integer scheme has a use for, and how they are called.
 _OF_QUANTIZATION = {"calib": "--calib", "no_calib": "--no-calib", "method": "--method", "vision": "--vision",
-                    "head": "--head", "embeddings": "--embeddings", "max_ram": "--max-ram"}
+                    "head": "--head", "embeddings": "--embeddings", "budget": "--budget", "max_ram": "--max-ram"}
 _OF_CALIBRATION = {name: f"--{name}" for name in ("samples", "tokens", "tolerate", "seed")}  # these have defaults
 
 
@@ -59,6 +60,7 @@ def command(checkpoint: str, out: Path | None, scheme: str | None, dry_run: bool
     if out is None and not dry_run:
         raise click.UsageError("Missing option '--out'.")
     _check_usage(scheme, values)
+    scheme = "int4" if values["budget"] is not None else scheme
     export = workstation_half()
     source = export.resolve_source(checkpoint)
     options = export.ExportOptions(scheme=scheme if scheme in _PLAIN else None, verify=not values.pop("no_verify"),
@@ -69,7 +71,7 @@ def command(checkpoint: str, out: Path | None, scheme: str | None, dry_run: bool
         from vl2.cli.quantized_export import export_quantized, plan_quantized
 
         job = _quantized_job(source, scheme, values)
-        plan, make = lambda: plan_quantized(job), lambda: export_quantized(job, out, options)
+        plan, make = lambda: plan_quantized(job, options), lambda: export_quantized(job, out, options)
     if dry_run:
         made = plan()
         click.echo(json.dumps(made.to_dict(), indent=2) if as_json else made.describe())
@@ -90,6 +92,9 @@ def workstation_half() -> ModuleType:
 def _check_usage(scheme: str | None, values: dict[str, Any]) -> None:
     source = click.get_current_context().get_parameter_source
     sampling = [name for key, name in _OF_CALIBRATION.items() if source(key) is ParameterSource.COMMANDLINE]
+    if values["budget"] is not None:
+        _check_budget(scheme, values)
+        return
     given = [name for key, name in _OF_QUANTIZATION.items() if values[key]] + sampling
     if given and (scheme is None or scheme in _PLAIN):
         raise click.UsageError(f"{', '.join(given)}: only with an integer scheme, such as --scheme int4.")
@@ -97,6 +102,13 @@ def _check_usage(scheme: str | None, values: dict[str, Any]) -> None:
         raise click.UsageError("--calib and --no-calib exclude each other.")
     if values["no_calib"] and sampling:
         raise click.UsageError(f"{', '.join(sampling)}: nothing is sampled with --no-calib.")
+
+
+def _check_budget(scheme: str | None, values: dict[str, Any]) -> None:
+    if scheme is not None:
+        raise click.UsageError("--budget chooses the recipe: leave --scheme out.")
+    if values["no_calib"]:
+        raise click.UsageError("--budget measures on calibration data: leave --no-calib out.")
 
 
 def _export(export: ModuleType, source: Path, out: Path, options: Any) -> Any:
@@ -107,11 +119,14 @@ def _export(export: ModuleType, source: Path, out: Path, options: Any) -> Any:
 
 
 def _quantized_job(source: Path, scheme: str, values: dict[str, Any]) -> Any:
-    from vl2.cli.quantized_export import QuantizedExport
+    from vl2.cli.quantized_export import Budget, QuantizedExport
 
-    calibrated = not values["no_calib"]
+    calibrated, budget = not values["no_calib"], None
+    if values["budget"] is not None:
+        budget = Budget(values["budget"], outer_parts(values))
+        values |= dict.fromkeys(("vision", "head", "embeddings"))
     return QuantizedExport(source, to_quantize_options(values, scheme, calibrated), to_data_options(values),
-                           values["calib"], calibrated, values["max_ram"])
+                           values["calib"], calibrated, values["max_ram"], budget)
 
 
 def _summary(out: Path, manifest: Any) -> dict[str, Any]:

@@ -150,6 +150,9 @@ _QUANTIZATION = (
     click.option("--vision", type=_OUTER, help="How the vision tower is stored; fp16 without it."),
     click.option("--head", type=_OUTER, help="How lm_head is stored; fp16 without it."),
     click.option("--embeddings", type=_OUTER, help="How the token embeddings are stored; fp16 without it."),
+    click.option("--budget", type=ByteSize(), metavar="SIZE", help="In place of --scheme: measure how much each group "
+                 "of matrices suffers and choose the recipe that loses least in this size, such as 2.3GB. What "
+                 "--vision, --head and --embeddings leave out is chosen too."),
 )
 
 
@@ -171,13 +174,18 @@ def to_data_options(values: dict[str, Any]) -> Any:
                        tolerate=values.pop("tolerate"), seed=values.pop("seed"))
 
 
+def outer_parts(values: dict[str, Any]) -> dict[str, str]:
+    """What the user decided on vision, lm_head and embeddings, by the names of OuterParts; takes it out of `values`."""
+    given = {"vision": values.pop("vision"), "lm_head": values.pop("head"), "embeddings": values.pop("embeddings")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def to_quantize_options(values: dict[str, Any], scheme: str, calibrated: bool) -> Any:
     """QuantizeOptions of a scheme or recipe file."""
     from vl2.quant.method import DEFAULT_METHOD
     from vl2.quant.quantizer import QuantizeOptions
     from vl2.quant.recipe import OuterParts
 
-    given = {"vision": values.pop("vision"), "lm_head": values.pop("head"), "embeddings": values.pop("embeddings")}
+    outer = outer_parts(values)
     method = values.pop("method") or (DEFAULT_METHOD if calibrated else "search")
-    return QuantizeOptions(recipe=scheme, outer=OuterParts(**{k: v for k, v in given.items() if v is not None}),
-                           method=method)
+    return QuantizeOptions(recipe=scheme, outer=OuterParts(**outer), method=method)

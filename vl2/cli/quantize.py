@@ -20,7 +20,7 @@ from vl2.errors import VL2Error
 
 @click.command("quantize")
 @click.argument("checkpoint")
-@click.option("--scheme", type=SchemeName(RECIPES), required=True,
+@click.option("--scheme", type=SchemeName(RECIPES),
               help="What the routed experts are stored as, the other Linears of the language model are INT8; "
                    "or a recipe file.")
 @click.option("--calib", type=click.Path(path_type=Path), help="A calibration set that `vl2 calibrate` made.")
@@ -34,7 +34,7 @@ from vl2.errors import VL2Error
 @click.option("--force", is_flag=True, help="Replace an existing folder once the new one is whole.")
 @json_option
 @debug_option
-def command(checkpoint: str, scheme: str, calib: Path | None, out: Path | None, max_ram: int | None,  # noqa: PLR0913
+def command(checkpoint: str, scheme: str | None, calib: Path | None, out: Path | None, max_ram: int | None,  # noqa: PLR0913
             dry_run: bool, force: bool, as_json: bool, **values: Any) -> None:
     """Quantize the weights of CHECKPOINT (a Hugging Face folder or hub id).
 
@@ -42,31 +42,89 @@ def command(checkpoint: str, scheme: str, calib: Path | None, out: Path | None, 
     """
     from dataclasses import replace
 
-    from vl2.cli.calibrated import check_job, explained_disk_errors, quantize_as_asked, tell_of_coverage
+    from vl2.cli.calibrated import check_job, tell_of_coverage
     from vl2.cli.export import workstation_half
     from vl2.cli.plans import Extent, extent_of_set, plan_quantization
 
     if out is None and not dry_run:
         raise click.UsageError("Missing option '--out'.")
+    budget = values.pop("budget")
+    check_budget_usage(budget, scheme, values, calib)
     folder = workstation_half().resolve_source(checkpoint)
-    options = replace(to_quantize_options(values, scheme, calib is not None), force=force,
+    outer = {name: values[name] for name in ("vision", "head", "embeddings")}
+    if budget is not None:
+        values |= dict.fromkeys(outer)
+    options = replace(to_quantize_options(values, scheme or "int4", calib is not None), force=force,
                       target=values.pop("target"))
     extent = Extent() if calib is None else extent_of_set(_read_set(calib))
     check_job(folder, options, extent, max_ram)
+    job = None if budget is None else _budget_job((folder, calib), budget, options, outer)
     if dry_run:
-        plan = plan_quantization(folder, options, extent)
+        plan = plan_quantization(folder, options, extent) if job is None else _plan_budget(job)
         click.echo(json.dumps(plan.to_dict(), indent=2) if as_json else plan.describe())
         return
-    if out.exists() and not force:
+    if out.exists() and not force and not _goes_on(job, out):
         raise VL2Error(f"{out} exists", "give another --out, or --force to replace it once the new one is whole")
-    with explained_disk_errors(out):
-        quantize_as_asked(folder, calib, out, (options, max_ram))
+    _quantize((folder, calib, out), (options, max_ram), job)
     summary = summarise(out)
     tell_of_coverage(summary["coverage"])
     if options.target is not None:
         summary["left_unquantized"] = left_unquantized(out)
         _tell_of_vllm(summary["left_unquantized"])
     click.echo(json.dumps(summary, indent=2) if as_json else _sentence(summary))
+
+
+def check_budget_usage(budget: int | None, scheme: str | None, values: dict[str, Any], calib: Path | None) -> None:
+    """Raises UsageError on options that a budget excludes or needs; values: those of the verb."""
+    if budget is None and scheme is None:
+        raise click.UsageError("Missing option '--scheme' or '--budget'.")
+    if budget is None:
+        return
+    if scheme is not None or values.get("target") is not None:
+        raise click.UsageError("--budget chooses the recipe: leave --scheme and --for out.")
+    if calib is None:
+        raise click.UsageError("--budget measures on calibration data: give --calib CALIB, made by vl2 calibrate.")
+    if values["vision"] is None:
+        raise click.UsageError("--budget: a calibration set holds no images to measure the tower with; give --vision "
+                               "int8 or fp16, or use vl2 export --budget, which has them.")
+
+
+def _budget_job(places: tuple[Path, Path], budget: int, options: Any, outer: dict[str, str | None]) -> Any:
+    from vl2.cli.sensitivity import BudgetJob
+    from vl2.quant.method import method_named
+    from vl2.quant.plan import planned_file_bytes
+    from vl2.quant.source import Source
+
+    source, folds = Source(places[0]), method_named(options.method).folds
+    given = {{"head": "lm_head"}.get(name, name): value for name, value in outer.items() if value is not None}
+    return BudgetJob(*places, budget, options, lambda schemes: planned_file_bytes(source, schemes, folds), given)
+
+
+def _goes_on(job: Any, out: Path) -> bool:
+    """Whether only the measurement of a job to a budget is missing."""
+    from vl2.cli.budgeted import is_unmeasured
+
+    return job is not None and out.with_name(f"{out.name}.budget").exists() and is_unmeasured(out)
+
+
+def _plan_budget(job: Any) -> Any:
+    from vl2.cli.budgeted import plan_budget
+
+    return plan_budget(job)
+
+
+def _quantize(places: tuple[Path, Path | None, Path], how: tuple[Any, int | None], job: Any) -> None:
+    """places: checkpoint, calibration set, output; how: options and limit of memory; job: of a budget, or None."""
+    from vl2.cli.calibrated import explained_disk_errors, quantize_as_asked
+
+    folder, calib, out = places
+    with explained_disk_errors(out):
+        if job is None:
+            quantize_as_asked(folder, calib, out, how)
+            return
+        from vl2.cli.budgeted import quantize_within
+
+        quantize_within(job, out, out.with_name(f"{out.name}.budget"), how[1])
 
 
 def summarise(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,10 +36,20 @@ from vl2.json_file import from_json, read_json, to_json
 
 if TYPE_CHECKING:
     from vl2.calib.data import CalibrationData, DataOptions
+    from vl2.cli.budgeted import BudgetPlan
+    from vl2.cli.sensitivity import BudgetJob
     from vl2.manifest import Manifest, Source
     from vl2.quant.quantizer import QuantizeOptions
 
 _JOB_NAME = "job.json"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A size for the whole bundle; outer: "fp16" or "int8" by part (OuterParts), where the user has decided."""
+
+    size_bytes: int
+    outer: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,7 @@ class QuantizedExport:
     calib: Path | None
     calibrated: bool = True
     max_ram_bytes: int | None = None
+    budget: Budget | None = None
 
     @property
     def has_set(self) -> bool:
@@ -68,13 +80,21 @@ class QuantizedExport:
         return json.loads(json.dumps({
             "source": source.fingerprint(), "recipe": to_json(recipe_for(self.options, source.config)),
             "method": self.options.method, "data": to_json(self.data), "calib": given, "calibrated": self.calibrated,
+            "budget": to_json(self.budget),
         }))
 
 
-def plan_quantized(job: QuantizedExport) -> QuantizationPlan:
-    """Sizes of the bundle's weights, memory and time, without the export's own. Reads and checks the data."""
-    extent, _ = _extent(job)
+def plan_quantized(job: QuantizedExport, export_options: Any) -> QuantizationPlan | BudgetPlan:
+    """Sizes of the bundle's weights, memory and time, without the export's own; with a budget, what can be reached.
+
+    Reads and checks the data.
+    """
+    extent, data = _extent(job)
     check_job(job.source, job.options, extent, job.max_ram_bytes)
+    if job.budget is not None:
+        from vl2.cli.budgeted import plan_budget
+
+        return plan_budget(_budget_job(job, data, job.calib, export_options))
     return plan_quantization(job.source, job.options, extent, kept_bytes=2)
 
 
@@ -107,16 +127,38 @@ def _make(job: QuantizedExport, data: CalibrationData | None, places: tuple[Path
     from vl2.export import export_checkpoint
 
     work, out = places
-    quantized = work / f"{job.source.resolve().name}-{Path(job.options.recipe).stem}"
+    scheme = "budget" if job.budget is not None else Path(job.options.recipe).stem
+    quantized = work / f"{job.source.resolve().name}-{scheme}"
     with explained_disk_errors(work):
         if not quantized.exists():
             calibration = _calibrate(job, data, work / "calibration")
             click.echo("quantizing", err=True)
-            quantize_as_asked(job.source, calibration, quantized, (job.options, job.max_ram_bytes))
+            if job.budget is None:
+                quantize_as_asked(job.source, calibration, quantized, (job.options, job.max_ram_bytes))
+            else:
+                from vl2.cli.budgeted import quantize_within
+
+                within = _budget_job(job, data, calibration, export_options)
+                quantize_within(within, quantized, work / "budget", job.max_ram_bytes)
         click.echo("exporting" if not export_options.verify else "exporting and verifying", err=True)
         with ByteProgress() as progress:
             tell_of_coverage(read_json(quantized / "quantization.json").get("coverage"))
             return export_checkpoint(quantized, out, replace(export_options, source=_user_source(quantized)), progress)
+
+
+def _budget_job(job: QuantizedExport, data: CalibrationData | None, calibration: Path | None, export_options: Any
+                ) -> BudgetJob:
+    from vl2.cli.sensitivity import BudgetJob
+    from vl2.export.size import bundle_sizes
+    from vl2.quant.quantization_config import form_of
+
+    if data is None and "vision" not in job.budget.outer:
+        raise VL2Error(f"the calibration set {job.calib} holds no images to measure the vision tower with",
+                       "give --vision int8 or fp16, or --calib the data that the set was made from")
+    sizes = bundle_sizes(job.source, export_options.lowering)
+    return BudgetJob(job.source, calibration, job.budget.size_bytes, job.options,
+                     lambda schemes: sizes({module: form_of(scheme) for module, scheme in schemes.items()}),
+                     job.budget.outer, None if data is None else data.samples)
 
 
 def _user_source(quantized: Path) -> Source:

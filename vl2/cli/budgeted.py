@@ -1,0 +1,204 @@
+"""`--budget SIZE`: of all recipes that fit, the one that loses least by the measured sensitivities of its groups."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vl2.cli.sensitivity import BudgetJob, measure_checkpoint, measure_groups
+from vl2.json_file import read_json, to_json
+
+if TYPE_CHECKING:
+    from vl2.quant.budget import Allocation, Item
+    from vl2.quant.groups import Group
+
+_FOUND_NAME = "sensitivity.json"
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """The sizes that recipes reach, in bytes; groups: bytes by group and option."""
+
+    budget_bytes: int
+    smallest_bytes: int
+    largest_bytes: int
+    groups: dict[str, dict[str, int]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON has it."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """The plan as text for a person."""
+        return (f"{len(self.groups)} groups, together {format_size(self.smallest_bytes)} to "
+                f"{format_size(self.largest_bytes)}; the budget is {format_size(self.budget_bytes)}\n"
+                "the recipe is chosen by measuring on the calibration data")
+
+
+def choose_recipe(job: BudgetJob, work: Path) -> tuple[Path, dict[str, Any]]:
+    """A recipe file in the folder `work` and the account of how it was chosen, as quantization.json tells it.
+
+    Sensitivities that an interrupted run measured are taken from `work`. Raises VL2Error naming the smallest size where
+    nothing fits, before anything is measured.
+    """
+    from vl2.quant.budget import allocate
+    from vl2.quant.groups import decided_recipe, decision_groups
+    from vl2.quant.recipe import assign_schemes
+    from vl2.quant.source import Source
+
+    source = Source(job.checkpoint)
+    groups = decision_groups(source.config, job.outer)
+    sizes = option_sizes(job, groups)
+    allocate(_items(groups, sizes, {}), job.budget_bytes, sizes["fixed"])
+    found = _sensitivities(job, work, groups)
+    items = _items(groups, sizes, found["klds"])
+    made = allocate(items, job.budget_bytes, sizes["fixed"])
+    chosen = {name: option.name for name, option in made.chosen.items()}
+    recipe = decided_recipe(f"budget-{format_size(job.budget_bytes)}", groups, chosen, source.config)
+    path = work / "recipe.json"
+    path.write_text(json.dumps(to_json(recipe), indent=1) + "\n", encoding="utf-8")
+    size = job.size_of(assign_schemes(recipe, source.config))
+    how = {key: value for key, value in found.items() if key != "klds"}
+    facts = {"bytes": job.budget_bytes, "predicted_bytes": size, "predicted_kld": made.kld, "gap": made.gap, **how,
+             "groups": _group_facts(items, made)}
+    _tell(facts)
+    return path, facts
+
+
+def option_sizes(job: BudgetJob, groups: Sequence[Group]) -> dict[str, Any]:
+    """By group the bytes of each option; "fixed": those of everything else."""
+    from vl2.quant.groups import option_schemes
+    from vl2.quant.linears import matrices
+    from vl2.quant.source import Source
+
+    config, sizes = Source(job.checkpoint).config, {}
+    shapes = matrices(config)
+    kept = job.size_of(dict.fromkeys(shapes))
+    fixed = kept
+    for group in groups:
+        own = 2 * sum(math.prod(shapes[module]) for module in group.members(config))
+        totals = {option: job.size_of(option_schemes(list(groups), group, option, config)) for option in group.options}
+        sizes[group.name] = {option: total - kept + own for option, total in totals.items()}
+        fixed -= own
+    return {"fixed": fixed, **sizes}
+
+
+def quantize_within(job: BudgetJob, out: Path, work: Path, max_ram_bytes: int | None) -> dict[str, Any]:
+    """Chooses the recipe, quantizes by it to `out`, measures what was lost; returns the account (`choose_recipe`).
+
+    work: a folder of this job's own, removed at the end; an interrupted job goes on from it.
+    """
+    from vl2.cli.calibrated import quantize_as_asked
+    from vl2.folder_lock import locked_folder
+    from vl2.quant.recipe import OuterParts
+
+    work.mkdir(exist_ok=True)
+    with locked_folder(work, "quantization to a budget"):
+        if not is_unmeasured(out):
+            recipe, facts = choose_recipe(job, work)
+            options = replace(job.options, recipe=str(recipe), outer=OuterParts(), budget=facts)
+            quantize_as_asked(job.checkpoint, job.calibration, out, (options, max_ram_bytes))
+        facts = add_measured(job, out)
+        shutil.rmtree(work)
+    return facts
+
+
+def plan_budget(job: BudgetJob) -> BudgetPlan:
+    """For --dry-run. Raises VL2Error when the budget is below the smallest size; measures nothing."""
+    from vl2.quant.budget import allocate
+
+    groups = _groups_of(job)
+    sizes = option_sizes(job, groups)
+    allocate(_items(groups, sizes, {}), job.budget_bytes, fixed := sizes.pop("fixed"))
+    smallest, largest = (fixed + sum(pick(options.values()) for options in sizes.values()) for pick in (min, max))
+    return BudgetPlan(job.budget_bytes, smallest, largest, sizes)
+
+
+def is_unmeasured(out: Path) -> bool:
+    """Whether a job to a budget was interrupted between the renaming of `out` and the measurement."""
+    path = out / "quantization.json"
+    return path.is_file() and "measured_kld" not in read_json(path).get("budget", {"measured_kld": None})
+
+
+def add_measured(job: BudgetJob, quantized: Path) -> dict[str, Any]:
+    """Measures a finished checkpoint, completes the account in its quantization.json and returns that account."""
+    from vl2.quant.shard import write_text
+
+    path = quantized / "quantization.json"
+    facts = read_json(path)
+    if "measured_kld" not in facts["budget"]:
+        click.echo("measuring what was lost", err=True)
+        facts["budget"] |= measure_checkpoint(job, _groups_of(job), quantized)
+        write_text(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    budget = facts["budget"]
+    click.echo(f"KLD predicted {budget['predicted_kld']:.5f}, measured {budget['measured_kld']:.5f} ± "
+               f"{budget['measured_kld_error']:.5f} over {budget['text_positions']} text positions", err=True)
+    return budget
+
+
+def format_size(count: int) -> str:
+    """Such as 2.3GB, in decimal units."""
+    return f"{count / 1e9:g}GB" if count >= 1e8 else f"{count / 1e6:g}MB"
+
+
+def _groups_of(job: BudgetJob) -> list[Group]:
+    from vl2.quant.groups import decision_groups
+    from vl2.quant.source import Source
+
+    return decision_groups(Source(job.checkpoint).config, job.outer)
+
+
+def _items(groups: Sequence[Group], sizes: Mapping[str, Any], klds: Mapping[str, Mapping[str, float]]) -> list[Item]:
+    from vl2.quant.budget import Item, Option
+
+    return [Item(group.name, tuple(Option(option, sizes[group.name][option], klds.get(group.name, {}).get(option, 0.0))
+                                   for option in group.options)) for group in groups]
+
+
+def _group_facts(items: Sequence[Item], made: Allocation) -> list[dict[str, Any]]:
+    return [{"group": item.name, "option": made.chosen[item.name].name,
+             "options": {option.name: {"bytes": option.size_bytes, "kld": option.kld} for option in item.options}}
+            for item in items]
+
+
+def _identity(job: BudgetJob) -> dict[str, Any]:
+    """What sensitivities depend on."""
+    from vl2.calib.calibration_set import read_calibration_set
+    from vl2.quant.source import Source
+
+    found = read_calibration_set(job.calibration)
+    return json.loads(json.dumps({"source": Source(job.checkpoint).fingerprint(), "data": found.data.sha256,
+                                  "method": job.options.method, "outer": dict(job.outer),
+                                  "images": job.samples is not None}))
+
+
+def _sensitivities(job: BudgetJob, work: Path, groups: list[Group]) -> dict[str, Any]:
+    """As `measure_groups`; kept in `work` and taken from there where nothing that they depend on has changed."""
+    from vl2.quant.shard import write_text
+
+    path, identity = work / _FOUND_NAME, _identity(job)
+    if path.exists():
+        kept = read_json(path)
+        if kept["identity"] == identity:
+            return kept["found"]
+    found = measure_groups(job, work, groups)
+    write_text(path, json.dumps({"identity": identity, "found": found}, indent=1))
+    return found
+
+
+def _tell(facts: Mapping[str, Any]) -> None:
+    counts: dict[str, int] = {}
+    for group in facts["groups"]:
+        kind = f"{group['group'].split(' ', 2)[-1]} {group['option']}"
+        counts[kind] = counts.get(kind, 0) + 1
+    click.echo(f"budget {format_size(facts['bytes'])}: {', '.join(f'{n} × {kind}' for kind, n in counts.items())}; "
+               f"predicted {facts['predicted_bytes'] / 1e6:.1f} MB, KLD {facts['predicted_kld']:.5f}", err=True)
+    for name in facts["unmeasured"]:
+        click.echo(f"not measured: {name}, as the calibration set holds no images", err=True)
