@@ -37,4 +37,5 @@ class Wheel(bdist_wheel):
 
 library = Extension(NAME, SOURCES, include_dirs=["plugins"], depends=HEADERS, extra_compile_args=FLAGS,
                     extra_link_args=["-Wl,--gc-sections", "-Wl,-z,defs"], language="c++", optional=True)
-setup(ext_modules=[library] if SUPPORTED and SOURCES else [], cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel})
+setup(ext_modules=[library] if SUPPORTED and SOURCES else [],
+      cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel})

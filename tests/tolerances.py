@@ -51,6 +51,24 @@ LAYER_COSINE = 1e-6
 # most about √(2d) by them; near 0 it is their square.
 SAME_KLD = Bound(1e-8, 2e-3)
 
+# Attention against its eager reference: float32 sums of up to 576 products and 1,500 tokens in another order, outputs of
+# about 1; scores of up to 12 turn their rounding (√576 · 2^-24 · 12) into 2e-5 of a weight (measured: 7e-6).
+ATTENTION = Bound(3e-5, 1e-5)
+# A narrow cache against float32, outputs of about 1 at most 4: rounding by 2^-11 moves a score of up to 10 by 5e-3 at most
+# and the weights by as much of themselves, of which sums keep a part (measured: 1e-3).
+CACHE_FLOAT16 = Bound(5e-3, 0.0)
+# INT8: half a step of max / 127 with a max of 3 is 1.2 % a value; scores move by that times √D · scale (measured: 3e-2).
+CACHE_INT8 = Bound(1e-1, 0.0)
+
+# The operator library, max |Δ| over the RMS of the output. Exact: float32 sums of up to 12,288 products in another
+# order than float64's, √K · 2^-24 = 7e-6 times the 3 to 4 standard deviations of the largest of 10^4 differences.
+OPERATOR_EXACT = 3e-5
+# Fast, RMS over RMS: INT8 steps of max / 127 for 32 activations, whose max is about 2.2 times their RMS, put an error
+# of step / √12 = 0.5 % into each product; the bound is three times that.
+OPERATOR_ROUNDED = 1.5e-2
+# Two rounded products and a SwiGLU between them, which multiplies errors of gate and up.
+OPERATOR_ROUNDED_EXPERTS = 3e-2
+
 
 def max_difference(got: object, want: object) -> float:
     """The largest |got − want|, for messages and for the figures of docs/results.md."""

@@ -145,7 +145,7 @@ class Experts {
   FeedForward routed_, shared_{};
 };
 
-const Registration<Experts> registration;
+const Registration<Experts> experts_registration;
 
 }  // namespace
 }  // namespace vl2

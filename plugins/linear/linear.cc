@@ -7,14 +7,14 @@ namespace vl2 {
 namespace {
 
 // Weights that one task of a decode step reads; tasks of a larger product are cut by rows and panels.
-constexpr size_t TASK_BYTES = 96 << 10;
+constexpr size_t DECODE_TASK_BYTES = 96 << 10;
 constexpr size_t TASK_PANELS = 16;
 constexpr size_t FEWEST_TASKS = 64;
 
 // Panels of a task: pairs, as the widest kernels take two.
 size_t panels_a_task(const Matrix& m, size_t rows) {
   const size_t blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
-  const size_t most = rows == 1 ? TASK_BYTES / m.panel_bytes : std::min(TASK_PANELS, m.panels * blocks / FEWEST_TASKS);
+  const size_t most = rows == 1 ? DECODE_TASK_BYTES / m.panel_bytes : std::min(TASK_PANELS, m.panels * blocks / FEWEST_TASKS);
   return std::max<size_t>(2, most / 2 * 2);
 }
 
@@ -84,7 +84,7 @@ class Linear {
   bool fast_;
 };
 
-const Registration<Linear> registration;
+const Registration<Linear> linear_registration;
 
 }  // namespace
 }  // namespace vl2

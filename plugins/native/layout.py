@@ -5,11 +5,12 @@ bytes, so that every panel begins at one. K is filled to a multiple of 32 and N 
 
     panel p:  scales  [G, 16]         rows 16 p … 16 p + 15 side by side, one row of 16 a group of columns
               codes   [K / c, 16, c]  c columns a row side by side: 8 for int4, 4 for int8, 1 for fp16 and bf16
-    int4: a row's 8 columns are 4 bytes; byte i holds q + 8 of column i in its low half and of column 4 + i in its high one
+    int4: a row's 8 columns are 4 bytes; byte i holds q + 8 of column i in its low half, of column 4 + i in its high one
     int8: 4 bytes, q in two's complement
 
-So 16 rows by 4 bytes are a vector of 512 bits with a row a lane, in which the codes of 4 or 8 consecutive columns follow
-each other: what multiply-add instructions of 8-bit numbers take (VNNI, dotprod) and what a shift and a table look-up turn into floats.
+So 16 rows by 4 bytes are a vector of 512 bits with a row a lane, in which the codes of 4 or 8 consecutive columns
+follow each other: what multiply-add instructions of 8-bit numbers take (VNNI, dotprod), and what a shift and a table
+look-up turn into floats.
 """
 
 from __future__ import annotations
