@@ -14,11 +14,11 @@ from vl2.config import ModelConfig, load_config
 from vl2.errors import VL2Error
 from vl2.json_file import read_json
 from vl2.model.checkpoint import check_checkpoint, packed_forms, parameter_sources
-from vl2.model.packed import read_dequantized, rows_of
+from vl2.model.packed import read_dequantized, read_integers, rows_of
 from vl2.model.tensors import read_tensor
 from vl2.quant.method import method_named
 from vl2.quant.publish import DESCRIPTION_NAME
-from vl2.quantization import WEIGHT, Form
+from vl2.quantization import SHAPE, WEIGHT, Form
 
 _PROMPT_FILES = ("tokenizer.json", "processor_config.json")
 
@@ -42,6 +42,12 @@ class StoredWeights(Weights):
         if form is None:
             return read_tensor(rows_of(self.entries[name], start, length)).float()
         return read_dequantized(self.entries, name.removesuffix(WEIGHT), form, (start, length))
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Of the matrix as it is dequantized."""
+        if self.form_of(name) is None:
+            return self.entries[name].shape
+        return tuple(read_integers(self.entries[name.removesuffix(WEIGHT) + SHAPE]).tolist())
 
     def form_of(self, name: str) -> Form | None:
         return self.forms.get(name.removesuffix(WEIGHT)) if name.endswith(WEIGHT) else None

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from vl2.calib.weights import read_rows
 from vl2.layerwise.checkpoints import Pair, StoredWeights
+from vl2.layerwise.large import compare_in_pieces
 from vl2.layerwise.ledger import Ledger
 from vl2.layerwise.parts import States, compare_tensors
-from vl2.layerwise.sums import WeightSums
 from vl2.layerwise.tower import encode_both
 from vl2.layerwise.unfold import Unfolded
 from vl2.model.merge import ImageEnds, assemble_image, place_images
@@ -22,7 +22,6 @@ from vl2.prompt import Prompt
 EMBEDDINGS = "embeddings"
 _ENDS = ("image_newline", "view_seperator")
 _TABLE = "language.embed_tokens.weight"
-_ROWS_AT_ONCE = 8192  # of a token table: 42 MB of the published Tiny's
 
 
 @dataclass(frozen=True)
@@ -58,21 +57,11 @@ def embed_both(pair: Pair, prompts: Sequence[Prompt], ledger: Ledger, advance: C
 
 
 def compare_tables(pair: Pair, ledger: Ledger) -> None:
-    """The token table, in pieces, and the vectors between an image's rows and views."""
+    """The token table and the vectors between an image's rows and views."""
     ends = [{name: weights.parameter(name) for name in _ENDS} for weights in (pair.reference, pair.quantized)]
     compare_tensors(pair, ends[0], Unfolded(ends[1]), ledger)
     (name,) = pair.reference.sources[_TABLE]
-    sums, same = WeightSums(), pair.quantized.form_of(name) is None
-    rows = pair.config.language_config.vocab_size
-    for start in range(0, rows, _ROWS_AT_ONCE):
-        length = min(_ROWS_AT_ONCE, rows - start)
-        mine, theirs = (weights.rows(name, start, length) for weights in (pair.reference, pair.quantized))
-        sums.add(mine, theirs)
-        same = same and torch.equal(mine, theirs)
-    if same:
-        ledger.unchanged.add(name)
-    else:
-        ledger.weights[name] = sums.figure()
+    compare_in_pieces(pair, name, ledger)
 
 
 def _merged(weights: StoredWeights, prompts: Sequence[Prompt], features: Tensor | None) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor
 from vl2.accuracy.summary import divergence_figures, probability_figures
 from vl2.calib.statistics import ROWS_AT_ONCE
 from vl2.layerwise.checkpoints import Pair
+from vl2.layerwise.large import compare_in_pieces, read_in_pieces
 from vl2.layerwise.ledger import Ledger
 from vl2.layerwise.parts import States, load_pair, run_part
-from vl2.layerwise.sums import WeightSums
 from vl2.model.norm import RMSNorm
 
 LOGIT_KINDS = ("text", "image", "answer")
@@ -55,15 +55,10 @@ def run_head(pair: Pair, states: States, following: Tensor, told: tuple[Ledger, 
 
 def _heads(pair: Pair, ledger: Ledger) -> tuple[Tensor, Tensor]:
     """Both matrices [V, H]; the same object where they are equal."""
-    name = _PARAMETER
-    mine, theirs = pair.reference.read(name), pair.quantized.read(name)
-    if pair.quantized.form_of(name) is None and torch.equal(mine, theirs):
-        ledger.unchanged.add(name)
-        return mine, mine
-    sums = WeightSums()
-    sums.add(mine, theirs)
-    ledger.weights[name] = sums.figure()
-    return mine, theirs
+    if compare_in_pieces(pair, _PARAMETER, ledger):
+        shared = read_in_pieces(pair.reference, _PARAMETER)
+        return shared, shared
+    return read_in_pieces(pair.reference, _PARAMETER), read_in_pieces(pair.quantized, _PARAMETER)
 
 
 def _distances(heads: tuple[Tensor, Tensor], states: States, rows: slice, following: Tensor, ledger: Ledger

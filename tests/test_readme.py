@@ -25,6 +25,9 @@ def test_the_commands_of_the_readme_run_in_order(tmp_path):
         done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         outputs[command] = done.stdout
+    report = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+    assert (report["reference"]["scheme"], report["candidate"]["scheme"]) == ("fp16", "int4")
+    assert report["bounds"][0]["holds"] and report["tasks"] and (tmp_path / "report" / "report.html").is_file()
     answer = json.loads(next(text for command, text in outputs.items() if command.endswith("--json")))
     plain = next(text for command, text in outputs.items() if command.startswith("vl2 run") and "--json" not in command)
     assert plain.strip() == answer["text"]
