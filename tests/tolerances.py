@@ -51,13 +51,14 @@ LAYER_COSINE = 1e-6
 # most about √(2d) by them; near 0 it is their square.
 SAME_KLD = Bound(1e-8, 2e-3)
 
-# Attention against its eager reference: float32 sums of up to 576 products and 1,500 tokens in another order, outputs of
-# about 1; scores of up to 12 turn their rounding (√576 · 2^-24 · 12) into 2e-5 of a weight (measured: 7e-6).
+# Attention against its eager reference: float32 sums of up to 576 products and 1,500 tokens in another order, outputs
+# of about 1; scores of up to 12 turn their rounding (√576 · 2^-24 · 12) into 2e-5 of a weight (measured: 7e-6).
 ATTENTION = Bound(3e-5, 1e-5)
-# A narrow cache against float32, outputs of about 1 at most 4: rounding by 2^-11 moves a score of up to 10 by 5e-3 at most
-# and the weights by as much of themselves, of which sums keep a part (measured: 1e-3).
+# A narrow cache against float32, outputs of about 1 at most 4: rounding by 2^-11 moves a score of up to 10 by 5e-3 at
+# most and the weights by as much of themselves, of which sums keep a part (measured: 1e-3).
 CACHE_FLOAT16 = Bound(5e-3, 0.0)
-# INT8: half a step of max / 127 with a max of 3 is 1.2 % a value; scores move by that times √D · scale (measured: 3e-2).
+# INT8: half a step of max / 127 with a max of 3 is 1.2 % a value; scores move by that times √D · scale (measured:
+# 2.2e-2).
 CACHE_INT8 = Bound(1e-1, 0.0)
 
 # The operator library, max |Δ| over the RMS of the output. Exact: float32 sums of up to 12,288 products in another
