@@ -13,6 +13,7 @@ from vl2.calib.weights import Weights, open_weights
 from vl2.config import ModelConfig, load_config
 from vl2.errors import VL2Error
 from vl2.json_file import read_json
+from vl2.manifest import MANIFEST_NAME
 from vl2.model.checkpoint import check_checkpoint, packed_forms, parameter_sources
 from vl2.model.packed import read_dequantized, read_integers, rows_of
 from vl2.model.tensors import read_tensor
@@ -73,6 +74,9 @@ def open_pair(reference: Path, quantized: Path) -> Pair:
     Raises VL2Error as `open_weights` does, and where the two are not one model: another configuration, tokenizer or
     processor.
     """
+    if (quantized / MANIFEST_NAME).is_file():
+        raise VL2Error(f"{quantized} is a bundle, whose graphs show no layers",
+                       "give the quantized checkpoint that it was exported from")
     plain = open_weights(reference)
     config = load_config(quantized)
     unpacked = replace(config, quantization_config=None)

@@ -61,6 +61,9 @@ def test_checkpoints_of_another_model_or_tokenizer_are_refused(quantized_of, tmp
     (other / "tokenizer.json").write_text((TINY / "tokenizer.json").read_text() + " ")
     with pytest.raises(VL2Error, match=r"tokenizer\.json .* differs"):
         open_pair(TINY, other)
+    (other / "manifest.json").write_text("{}")
+    with pytest.raises(VL2Error, match="is a bundle"):
+        open_pair(TINY, other)
     with pytest.raises(VL2Error, match="quantized already"):
         open_pair(quantized_of(TINY, "int4"), TINY)
 

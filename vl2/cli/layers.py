@@ -12,8 +12,8 @@ from vl2.errors import VL2Error
 
 @click.command("layers")
 @click.argument("checkpoint")
-@click.argument("quantized", type=click.Path(path_type=Path))
-@click.option("--data", type=click.Path(path_type=Path), required=True,
+@click.argument("quantized", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--data", type=click.Path(path_type=Path, exists=True), required=True,
               help="Conversations: a folder of images, JSON lines, LLaVA JSON or VLMEvalKit TSV.")
 @click.option("--out", type=click.Path(path_type=Path), help="A file for the figures, which `vl2 compare --layers` "
               "takes into its report.")
