@@ -82,19 +82,19 @@ def decided_recipe(name: str, groups: list[Group], chosen: Mapping[str, str], co
     return Recipe(name, tuple(used))
 
 
-def option_schemes(groups: list[Group], group: Group, option: str, config: ModelConfig) -> dict[str, Scheme | None]:
+def option_schemes(group: Group, option: str, config: ModelConfig) -> dict[str, Scheme | None]:
     """The scheme of every matrix with only this group so, all others kept."""
-    return assign_schemes(decided_recipe("one group", groups, {group.name: option}, config), config)
+    return assign_schemes(decided_recipe("one group", [group, _REST], {group.name: option}, config), config)
 
 
 def _without_repeats(group: Group, config: ModelConfig) -> Group:
     seen: dict[tuple, str] = {}
     for option in group.options:
-        schemes = option_schemes([group, *_REST], group, option, config)
+        schemes = option_schemes(group, option, config)
         form = tuple((module, scheme and (scheme.bits, scheme.group_size)) for module, scheme in schemes.items())
         seen.setdefault(form, option)
     return Group(group.name, group.part, group.modules, tuple(seen.values()))
 
 
 # Keeps what a single group leaves undecided.
-_REST = (Group("the rest", Part("head"), "*", (KEEP,)),)
+_REST = Group("the rest", Part("head"), "*", (KEEP,))

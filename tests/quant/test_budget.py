@@ -80,7 +80,7 @@ def test_every_option_of_every_group_is_a_recipe_and_none_below_int8_where_that_
     groups = decision_groups(config, {})
     for group in groups:
         for option in group.options:
-            schemes = option_schemes(groups, group, option, config)
+            schemes = option_schemes(group, option, config)
             changed = {module for module, scheme in schemes.items() if scheme is not None}
             assert bool(changed) == (option != "keep") and not any(is_router(module) for module in changed)
             assert not any(module.startswith("projector") for module in changed)

@@ -84,7 +84,7 @@ def option_sizes(job: BudgetJob, groups: Sequence[Group]) -> dict[str, Any]:
     fixed = kept
     for group in groups:
         own = 2 * sum(math.prod(shapes[module]) for module in group.members(config))
-        totals = {option: job.size_of(option_schemes(list(groups), group, option, config)) for option in group.options}
+        totals = {option: job.size_of(option_schemes(group, option, config)) for option in group.options}
         sizes[group.name] = {option: total - kept + own for option, total in totals.items()}
         fixed -= own
     return {"fixed": fixed, **sizes}

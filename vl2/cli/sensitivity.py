@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Schemes = Mapping[str, "Scheme | None"]
 _MOST_TOKENS, _FEWEST_TOKENS = 8192, 512
-_STATE_BYTES = 1.2e9  # of all versions together; a copy of it is made in a layer with experts
+_STATE_BYTES = 8e8  # of all versions together; a copy of it is made in a layer with experts
 # Floating-point operations: of sending versions through the layers, and of quantizing every option by the method.
 _FORWARD_WORK, _METHOD_WORK = 8e13, 2e12
 
@@ -185,7 +185,7 @@ class _Run:
         from vl2.quant.stage import quantize_part
         from vl2.quant.statistics import LayerStatistics
 
-        schemes = option_schemes(self.plan.groups, group, option, self.source.config)
+        schemes = option_schemes(group, option, self.source.config)
         found = None if statistics is None else LayerStatistics(statistics)
         stage = Stage(self.source, found, schemes, method_named(self.plan.method))
         modules = [module for module, scheme in schemes.items() if scheme is not None]
