@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vl2.quant.affine import SMALLEST_SCALE
 from vl2.quant.method import Method, quantize_weight
 from vl2.quant.objective import output_error
-from vl2.quant.rtn import rtn
 from vl2.quant.scheme import Scheme
 from vl2.quant.statistics import Statistics
 
@@ -49,7 +49,8 @@ def search_scale(consumers: Sequence[Consumer], inputs: Statistics, method: Meth
     losses = [sum(_diagonal_loss(consumer, scale) for consumer in consumers) for scale in candidates]
     best = candidates[min(range(len(candidates)), key=losses.__getitem__)]
     # the grid was searched on diagonals and by rounding; the winner must hold on whole Hessians and for the method
-    exact = [sum(_loss(consumer, scale, method) for consumer in consumers) for scale in (ones, best)]
+    together = _together(consumers)
+    exact = [sum(_loss(consumer, scale, method) for consumer in together) for scale in (ones, best)]
     return best if exact[1] < exact[0] else ones
 
 
@@ -76,6 +77,14 @@ def _centred(scale: Tensor) -> Tensor:
     return scale / (scale.max() * scale.min()).sqrt()
 
 
+def _together(consumers: Sequence[Consumer]) -> list[Consumer]:
+    """Consumers with the same statistics and scheme as one matrix, as they are quantized: they share a factor."""
+    groups: dict[tuple[int, Scheme], list[Consumer]] = {}
+    for consumer in consumers:
+        groups.setdefault((id(consumer.statistics), consumer.scheme), []).append(consumer)
+    return [replace(group[0], weight=torch.cat([one.weight for one in group])) for group in groups.values()]
+
+
 def _loss(consumer: Consumer, scale: Tensor, method: Method) -> float:
     statistics = consumer.statistics.scaled_inputs(scale)
     made = quantize_weight(consumer.weight * scale, statistics, consumer.scheme, method).quantized.dequantize()
@@ -83,10 +92,13 @@ def _loss(consumer: Consumer, scale: Tensor, method: Method) -> float:
 
 
 def _diagonal_loss(consumer: Consumer, scale: Tensor) -> float:
-    difference = _rounded(consumer, scale) - consumer.weight
-    return consumer.share * float((difference.square() * consumer.statistics.importance).sum())
+    """The loss of rounding Q(W · diag(s)) · diag(1/s), inputs taken as uncorrelated: what ranks the candidates.
 
-
-def _rounded(consumer: Consumer, scale: Tensor) -> Tensor:
-    """Q(W · diag(s)) · diag(1/s), by rounding to nearest."""
-    return rtn(consumer.weight * scale, None, consumer.scheme).dequantize() / scale
+    `rtn` in one pass without its codes and checks: this runs 41 times a site.
+    """
+    scheme = consumer.scheme
+    scaled = (consumer.weight * scale).unflatten(1, (-1, scheme.group_for(consumer.weight.shape[1])))
+    steps = scaled.abs().amax(dim=-1, keepdim=True).mul_(2 / ((1 << scheme.bits) - 1)).clamp_min_(SMALLEST_SCALE)
+    error = (scaled / steps).round_().clamp_(*scheme.code_range).mul_(steps).sub_(scaled).square_()
+    by_input = error.sum(dim=0).flatten() * consumer.statistics.importance / scale.square()
+    return consumer.share * float(by_input.sum())
