@@ -10,13 +10,16 @@ namespace {
 constexpr size_t TASK_BYTES = 96 << 10;
 // Pairs of panels that a task computes at once into its buffer.
 constexpr size_t PAIR = 2 * PANEL_ROWS;
-constexpr size_t MOST_PANELS = 8;
+constexpr size_t FEW_PANELS = 4, MOST_PANELS = 8;
+// What memory sends while a unit's last lines are computed: the beginning of the next unit's.
+constexpr size_t AHEAD_BYTES = 2048;
 
 // One unit's rows of activations before and between its products.
 struct Work {
   const Unit* unit;
   std::unique_ptr<float[]> gathered;
-  std::unique_ptr<Rows> input, inner;
+  std::shared_ptr<Rows> input;  // one for all units of a single token
+  std::unique_ptr<Rows> inner;
   std::unique_ptr<float[]> hidden;  // [tokens, inner columns], silu(gate) ⊙ up
 
   size_t rows() const { return unit->tokens.size(); }
@@ -52,7 +55,7 @@ void gather(const Device& d, const Tokens& tokens, Work& work) {
     x = work.gathered.get();
   }
   const Shape shape{int64_t(order.size()), int64_t(tokens.hidden)};
-  work.input = std::make_unique<Rows>(x, tokens.hidden, shape, !rounded(d, work.unit->part.gate_up));
+  work.input = std::make_shared<Rows>(x, tokens.hidden, shape, !rounded(d, work.unit->part.gate_up));
 }
 
 std::vector<Task> cut(std::vector<Work>& works) {
@@ -79,11 +82,16 @@ void run_gate_up(const Device& d, const Task& task) {
   }
 }
 
+void prefetch(const uint8_t* data) {
+  for (size_t at = 0; at < AHEAD_BYTES; at += 64) __builtin_prefetch(data + at);
+}
+
 // One stripe of y: the panels of every unit's product, weighted, added in the order of the units.
 void run_down(const Device& d, const std::vector<Work>& works, Panels panels, float* y, size_t stride) {
   alignas(64) float buffer[ROW_BLOCK * PAIR];
   for (const Work& work : works) {
     const Unit& unit = *work.unit;
+    if (&work != &works.back()) prefetch((&work + 1)->unit->part.down.panel(panels.first));
     for (size_t row = 0; row < unit.tokens.size(); row += ROW_BLOCK) {
       const size_t rows = std::min(ROW_BLOCK, unit.tokens.size() - row);
       for (size_t panel = panels.first; panel < panels.first + panels.count; panel += 2) {
@@ -97,12 +105,12 @@ void run_down(const Device& d, const std::vector<Work>& works, Panels panels, fl
   }
 }
 
-// Panels of a stripe: few for a decode step, whose threads share the weights, more where they share rows.
+// Panels of a stripe: few for a decode step, whose threads share the weights (fewer would read too little of each expert
+// in a row), more where they share rows.
 size_t stripe_panels(const std::vector<Work>& works) {
-  size_t bytes = 0, rows = 0;
-  for (const Work& work : works) bytes += work.unit->part.down.panel_bytes, rows = std::max(rows, work.rows());
-  if (rows > 1) return rows > 16 ? MOST_PANELS : 4;
-  return std::clamp<size_t>(TASK_BYTES / std::max<size_t>(1, bytes), 1, MOST_PANELS);
+  size_t rows = 0;
+  for (const Work& work : works) rows = std::max(rows, work.rows());
+  return rows > 16 ? MOST_PANELS : FEW_PANELS;
 }
 
 // Adds all units' second products into y, which has a column for every row of the panels.
@@ -126,9 +134,17 @@ void add_down(const Device& d, const std::vector<Work>& works, const Tokens& tok
 void run_feed_forward(const Device& d, const std::vector<Unit>& units, const Tokens& tokens) {
   std::vector<Work> works(units.size());
   for (size_t i = 0; i < units.size(); ++i) works[i].unit = &units[i];
+  std::shared_ptr<Rows> single;
+  if (tokens.count == 1) {
+    single = std::make_shared<Rows>(tokens.x, tokens.hidden, Shape{1, int64_t(tokens.hidden)}, true);
+    prepare(d, units[0].part.gate_up, *single);
+  }
   parallel_for(d.parallel, works.size(), [&](size_t i) {
-    gather(d, tokens, works[i]);
-    prepare(d, units[i].part.gate_up, *works[i].input);
+    works[i].input = single;
+    if (!single) {
+      gather(d, tokens, works[i]);
+      prepare(d, units[i].part.gate_up, *works[i].input);
+    }
     works[i].hidden.reset(new float[works[i].rows() * works[i].width()]);
   });
   const std::vector<Task> tasks = cut(works);
