@@ -20,8 +20,6 @@ import click
 from vl2.cli.progress import WorkProgress
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from vl2.calib.data import CheckedSample
     from vl2.calib.variants import Birth, Divergence, Excerpt, Variants
     from vl2.quant.groups import Group
@@ -203,7 +201,7 @@ def _tensors(made: PartResult) -> Mapping[str, Any]:
 
 def _embeddings(
     job: BudgetJob, excerpt: Excerpt, forms: Mapping[str, Any], tensors: Mapping[str, Any]
-) -> tuple[Tensor, bool]:
+) -> tuple[Any, bool]:
     """The excerpt's embeddings [T, H] by a quantized tower and token table; False: not the tower's, as the images are
     not at hand.
 
