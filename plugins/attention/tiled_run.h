@@ -4,7 +4,10 @@
 // Runs body(index) for every index below count; side by side unless that would cost more than it saves.
 template <typename Body>
 inline void each(const Parallel& parallel, int64_t count, bool side_by_side, const Body& body) {
-  if (side_by_side && count > 1) return parallel_for(parallel, static_cast<size_t>(count), body);
+  if (side_by_side && count > 1) {
+    auto task = [](void* data, size_t index) { (*static_cast<const Body*>(data))(index); };
+    return parallel.run(parallel.context, task, static_cast<size_t>(count), const_cast<Body*>(&body));
+  }
   for (int64_t i = 0; i < count; ++i) body(static_cast<size_t>(i));
 }
 
