@@ -18,6 +18,15 @@ MINI_CHECKPOINTS = ("tiny-mini", "small-mini", "base-mini")
 NANO = Path(__file__).parents[1] / "nano" / "checkpoint"
 
 
+# Few tests, each of minutes or nearly: begun last, they would be all that a second worker waits for.
+LONGEST = ("test_budget.py", "test_readme.py", "test_packaging.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def goldens() -> Path:
     """The recorded data of the original implementation; its README tells the layout."""
