@@ -51,7 +51,11 @@ class OrtBackend:
         self._config = _CONFIG | {_PREPACKING_KEY: _DISABLE_PREPACKING[manifest.lowering]}
         self._device = options.device
         self._threads = options.threads or physical_cores()
-        self._choice = choose(options.device, onnxruntime.get_available_providers(), installed_packages())
+        if manifest.lowering == "cpu" and options.device == "cuda":
+            raise VL2Error(f"CUDA was asked for, and {folder} has the lowering `cpu`, whose operators run on CPUs only",
+                           "give --device cpu, or export the bundle with --lowering ort")
+        device = "cpu" if manifest.lowering == "cpu" else options.device
+        self._choice = choose(device, onnxruntime.get_available_providers(), installed_packages())
         if CUDA in self._choice.providers and hasattr(onnxruntime, "preload_dlls"):
             # It prints what it misses; standard output belongs to results.
             with contextlib.redirect_stdout(sys.stderr):

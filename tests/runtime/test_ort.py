@@ -167,3 +167,11 @@ def test_a_lowering_that_is_not_known_is_refused_before_a_graph_is_loaded(bundle
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lowering": "npu"}))
     with pytest.raises(VL2Error, match="lowering 'npu', this vl2 runs portable, ort, cpu"):
         open_bundle(bundle)
+
+
+def test_cuda_is_refused_for_operators_of_the_cpu(bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lowering": "cpu"}))
+    with pytest.raises(VL2Error, match="CUDA was asked for, and .* has the lowering `cpu`"):
+        open_bundle(bundle, BundleOptions(device="cuda"))
+    assert open_bundle(bundle, BundleOptions(device="auto")).backend.startswith("CPU")
