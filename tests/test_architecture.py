@@ -16,11 +16,11 @@ ARROWS = {
     "vl2": set(), "model": set(), "calib": {"model", "nano"}, "quant": {"model"}, "plugins": {"model"},
     "export": {"model", "plugins"}, "runtime": set(), "nano": {"model", "runtime"}, "accuracy": {"runtime"},
     "layerwise": {"model", "calib", "quant", "accuracy"},
-    "machine": {"runtime"}, "planning": {"runtime", "machine"},
-    "cli": {"machine", "planning", "model", "calib", "quant", "plugins", "export", "runtime", "nano", "accuracy",
-            "layerwise"},
+    "machine": {"runtime"}, "planning": {"runtime", "machine"}, "measure": {"runtime", "machine", "planning"},
+    "cli": {"machine", "planning", "measure", "model", "calib", "quant", "plugins", "export", "runtime", "nano",
+            "accuracy", "layerwise"},
 }
-DEVICE_HALF = {"vl2", "runtime", "accuracy", "cli", "machine", "planning"}
+DEVICE_HALF = {"vl2", "runtime", "accuracy", "cli", "machine", "planning", "measure"}
 HEAVY = {"torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "huggingface_hub"}
 
 

@@ -15,7 +15,7 @@ from vl2.errors import VL2Error
 
 # Verbs in data-flow order; each lives in a module of its own name and is the `command` there.
 VERBS = ("plan", "calibrate", "quantize", "convert", "export", "inspect", "run", "chat", "record", "layers", "compare",
-         "demo", "doctor")
+         "bench", "demo", "doctor")
 
 
 class VerbGroup(click.Group):
