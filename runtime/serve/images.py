@@ -1,0 +1,60 @@
+"""Images of a request: their header is judged on arrival, their pixels are decoded right before they are needed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from PIL import Image
+
+from vl2.errors import VL2Error
+from vl2.image import ImageGeometry, load_image, pad_geometry
+from vl2.runtime.serve.api_error import ApiError, refused
+
+# Pillow opens many more, some of them by starting other programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_ANIMATED = ("PNG", "WEBP", "GIF")
+
+
+def check_images(encoded: Sequence[bytes], most_pixels: int, geometry: ImageGeometry) -> None:
+    """Raises ApiError 400 from the headers alone: formats, animations, too many pixels together, too thin."""
+    pixels = 0
+    for index, content in enumerate(encoded):
+        width, height = _size(content, f"image {index + 1}")
+        pixels += width * height
+        if pixels > most_pixels:
+            raise ApiError(400, f"image {index + 1} has {width}x{height} pixels; all images of a request may have "
+                           f"{most_pixels:,} together", "messages")
+        try:
+            # The global view is the smallest target, so that what fits there fits everywhere.
+            pad_geometry((width, height), (geometry.tile_size, geometry.tile_size))
+        except VL2Error as error:
+            raise refused(error, "messages") from error
+
+
+def decode(content: bytes) -> Image.Image:
+    """RGB pixels of an image that `check_images` let through. Raises ApiError 400 for broken and deep ones."""
+    try:
+        return load_image(Image.open(io.BytesIO(content), formats=FORMATS))
+    except VL2Error as error:
+        raise refused(error, "messages") from error
+    except Exception as error:  # Pillow's readers raise nearly anything for hostile bytes
+        raise _unreadable("an image", error) from error
+
+
+def _size(content: bytes, name: str) -> tuple[int, int]:
+    if not content:
+        raise ApiError(400, f"{name} has zero bytes", "messages")
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            size, animated = image.size, image.format in _ANIMATED and getattr(image, "is_animated", False)
+    except Exception as error:  # as in decode
+        raise _unreadable(name, error) from error
+    if animated:
+        raise ApiError(400, f"{name} is animated, expected one picture (send the frame that is meant)", "messages")
+    return size
+
+
+def _unreadable(name: str, error: Exception) -> ApiError:
+    reason = "unknown or broken" if isinstance(error, Image.UnidentifiedImageError) else str(error)[:200]
+    return ApiError(400, f"{name} cannot be read: {reason} (expected a whole {', '.join(FORMATS)})", "messages")
