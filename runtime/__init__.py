@@ -7,7 +7,8 @@
 
 from vl2.runtime.answer import Answer, AnswerStream
 from vl2.runtime.bundle import open_bundle
+from vl2.runtime.constraints import Constraint
 from vl2.runtime.model import Chat, Model
 from vl2.runtime.options import BundleOptions, GenerationOptions
 
-__all__ = ["Answer", "AnswerStream", "BundleOptions", "Chat", "GenerationOptions", "Model", "open_bundle"]
+__all__ = ["Answer", "AnswerStream", "BundleOptions", "Chat", "Constraint", "GenerationOptions", "Model", "open_bundle"]

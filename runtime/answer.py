@@ -8,8 +8,9 @@ from typing import Any
 
 from vl2.errors import VL2Error
 from vl2.runtime.grounding import Box
+from vl2.runtime.logprobs import TokenLogprob
 
-EOS, LENGTH, STOP = "eos", "length", "stop"
+EOS, LENGTH, STOP, LOOP = "eos", "length", "stop", "loop"
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,13 @@ class Answer:
     text: without end and padding tokens, up to a stop string. token_ids: as generated, without the final end token.
     prompt_tokens: of the whole conversation; reused_tokens of them were in the cache. boxes: of grounding output, in
     0…999; box_problems: what of it could not be read. image_size: (width, height) of the image the boxes refer to, the
-    last one. stop_reason: "eos", "length" (max_new_tokens or the model's positions are used up) or "stop".
+    last one. stop_reason: "eos", "length" (max_new_tokens or the model's positions are used up), "stop" or "loop" (the
+    repetition guard; `loop` says what repeats).
     load_ms: making graphs ready, in the first answers only. encode_ms: cutting images and the vision graph.
     decode_ms: all tokens after the first, which prefill gives.
     tokens_per_second: of decoding, None where nothing was decoded. peak_rss_bytes: of the process.
+    image_cache_hits: images of the conversation for which the vision graph did not run. logprobs: one of each of
+    token_ids, None where none were asked for.
     """
 
     text: str
@@ -39,17 +43,39 @@ class Answer:
     decode_ms: float
     tokens_per_second: float | None
     peak_rss_bytes: int
+    image_cache_hits: int = 0
+    loop: str | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; each box with its pixels."""
-        return {**asdict(self), "boxes": [box.to_dict(self.image_size) for box in self.boxes]}
+        logprobs = None if self.logprobs is None else [token.to_dict() for token in self.logprobs]
+        return {**asdict(self), "boxes": [box.to_dict(self.image_size) for box in self.boxes], "logprobs": logprobs}
+
+
+class Cancelled(VL2Error):
+    """The stream was closed from another thread while it was being computed."""
+
+
+@dataclass
+class Progress:
+    """What of an answer is there already, for those who watch its stream; cancelled: to end it at the next chance."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    cancelled: bool = False
+
+    def check(self) -> None:
+        """Raises Cancelled after the stream was closed from another thread."""
+        if self.cancelled:
+            raise Cancelled("the answer was cancelled", "its stream was closed; ask again")
 
 
 class AnswerStream(Iterator[str]):
     """Pieces of text as they become certain; `answer` is there once they are all taken."""
 
-    def __init__(self, pieces: Generator[str, None, Answer]):
-        self._pieces = pieces
+    def __init__(self, pieces: Generator[str, None, Answer], progress: Progress):
+        self._pieces, self._progress = pieces, progress
         self._answer: Answer | None = None
 
     def __next__(self) -> str:
@@ -61,13 +87,36 @@ class AnswerStream(Iterator[str]):
 
     @property
     def answer(self) -> Answer:
-        """The finished answer. Raises VL2Error while pieces are left."""
+        """The finished answer. Raises VL2Error while pieces are left and after `close`."""
         if self._answer is None:
             raise VL2Error("the answer is not finished", "take all pieces of the stream first")
         return self._answer
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Of what has been generated so far."""
+        return tuple(self._progress.token_ids)
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """One of each of `token_ids`; None where none were asked for."""
+        found = self._progress.logprobs
+        return None if found is None else tuple(found[:len(self._progress.token_ids)])
 
     def read(self) -> Answer:
         """Takes what is left and returns the answer."""
         for _ in self:
             pass
         return self.answer
+
+    def close(self) -> None:
+        """Ends the answer here; what was computed stays in the cache. Nothing when it has ended already.
+
+        From another thread than the one that iterates it takes effect before the next token, prefill chunk or image:
+        the iterating thread then gets Cancelled.
+        """
+        self._progress.cancelled = True
+        try:
+            self._pieces.close()
+        except ValueError:
+            pass  # "generator already executing": the flag ends it

@@ -11,6 +11,7 @@ from vl2.manifest import Manifest, Port, check_files, check_sizes, read_manifest
 from vl2.prompt import Processor
 from vl2.runtime.embeddings import Embeddings
 from vl2.runtime.engine import Engine
+from vl2.runtime.image_cache import ImageCache
 from vl2.runtime.memory import require_memory
 from vl2.runtime.model import Model
 from vl2.runtime.options import BundleOptions
@@ -37,7 +38,8 @@ def open_bundle(path: str | os.PathLike, options: BundleOptions | None = None) -
     check_processor(manifest, processor, folder)
     # Only now: the files describe the original's rule.
     processor = replace(processor, geometry=processor.geometry.with_max_tiles(options.max_tiles))
-    return Model(Engine(manifest, processor, Embeddings(folder, manifest), OrtBackend(folder, manifest, options)))
+    backend, images = OrtBackend(folder, manifest, options), ImageCache(options.image_cache_bytes)
+    return Model(Engine(manifest, processor, Embeddings(folder, manifest), backend, images), options.kv_cache_bytes)
 
 
 def weight_bytes(manifest: Manifest) -> int:

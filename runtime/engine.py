@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import sha256
+from typing import Any
 
 import numpy as np
 
+from vl2 import __version__
 from vl2.manifest import Manifest
 from vl2.prompt import Processor
 from vl2.runtime.backend import Backend
+from vl2.runtime.constrained import grammar_tokenizer
 from vl2.runtime.detokenize import TokenBytes
 from vl2.runtime.embeddings import Embeddings
+from vl2.runtime.image_cache import ImageCache
 from vl2.runtime.kv_cache import KVCache
+from vl2.runtime.options import BundleOptions
 
 
 @dataclass(frozen=True)
@@ -23,12 +30,25 @@ class Engine:
     processor: Processor
     embeddings: Embeddings
     backend: Backend
+    image_cache: ImageCache = field(default_factory=lambda: ImageCache(BundleOptions().image_cache_bytes))
 
     @cached_property
     def token_bytes(self) -> TokenBytes:
         """Text of tokens, where bos, eos and pad stand for none; grounding tokens stay, callers parse them."""
         special = self.processor.special
         return TokenBytes(self.processor.tokenizer, (special.bos_id, special.eos_id, special.pad_id))
+
+    @cached_property
+    def identity(self) -> bytes:
+        """sha256 of all that an image's vectors depend on besides its pixels: this code, the bundle, where it runs."""
+        files = sorted((name, facts.sha256) for name, facts in self.manifest.files.items())
+        return sha256(repr((__version__, files, self.backend.description)).encode()).digest()
+
+
+    @cached_property
+    def grammar_tokenizer(self) -> Any:
+        """The tokenizer as constraints need it. Raises VL2Error when llguidance is not installed."""
+        return grammar_tokenizer(self.processor.tokenizer, self.manifest.language.vocab_size, self.processor.eos_id)
 
 
 class Context:
@@ -44,20 +64,35 @@ class Context:
         self._contents: list[int] = []
         self.turn = 0
 
-    def keep_common(self, contents: np.ndarray) -> int:
-        """How many positions of `contents` int64 [T] are kept: all before the first that differs, at most T - 1."""
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the cache."""
+        return self._cache.size_bytes
+
+    def common_length(self, contents: np.ndarray) -> int:
+        """How many positions of `contents` int64 [T] are here: all before the first that differs, at most T - 1."""
         held = np.array(self._contents[:len(contents) - 1], np.int64)
         differs = np.flatnonzero(held != contents[:len(held)])
-        kept = int(differs[0]) if len(differs) else len(held)
+        return int(differs[0]) if len(differs) else len(held)
+
+    def keep_common(self, contents: np.ndarray) -> int:
+        """How many positions of `contents` int64 [T] are kept: all before the first that differs, at most T - 1."""
+        kept = self.common_length(contents)
         self._cache.truncate(kept)
         del self._contents[kept:]
         return kept
 
-    def prefill(self, contents: np.ndarray, embeds: np.ndarray, chunk: int) -> np.ndarray:
-        """float32 [V] logits of the last position, after adding `contents` int64 [t] with `embeds` float32 [t, H]."""
+    def prefill(
+        self, contents: np.ndarray, embeds: np.ndarray, chunk: int, between: Callable[[], None] = lambda: None
+    ) -> np.ndarray:
+        """float32 [V] logits of the last position, after adding `contents` int64 [t] with `embeds` float32 [t, H].
+
+        between: called before each chunk, may raise; the chunks before it stay.
+        """
         # Room for the first answer tokens too: growing right after a long prefill would copy all of it.
         self._cache.reserve(self._cache.length + len(embeds) + min(len(embeds), 64))
         for start in range(0, len(embeds), chunk):
+            between()
             logits = self._extend(contents[start:start + chunk].tolist(), embeds[start:start + chunk])
         return logits
 

@@ -6,73 +6,116 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
+import numpy as np
+
 from vl2.errors import VL2Error
 from vl2.prompt import Layout
 from vl2.runtime import grounding
-from vl2.runtime.answer import EOS, LENGTH, STOP, Answer
+from vl2.runtime.answer import EOS, LENGTH, LOOP, STOP, Answer, Progress
+from vl2.runtime.constrained import Matcher
 from vl2.runtime.detokenize import TextStream
 from vl2.runtime.engine import Context, Engine
+from vl2.runtime.logprobs import describe_token, log_probabilities
 from vl2.runtime.memory import peak_rss_bytes
 from vl2.runtime.options import GenerationOptions
-from vl2.runtime.prompt_embeds import contents_of, embed, image_spans
+from vl2.runtime.prompt_embeds import PromptInputs
+from vl2.runtime.repetition import RepetitionGuard
 from vl2.runtime.sampling import Sampler
 
 
 class Generation:
-    """One answer in the making. Raises VL2Error for a prompt that leaves no position for an answer."""
+    """One answer in the making.
 
-    def __init__(self, engine: Engine, layout: Layout, context: Context, options: GenerationOptions):
-        self._engine, self._layout, self._context, self._options = engine, layout, context, options
+    Raises VL2Error for a prompt that leaves no position for an answer and for a constraint that cannot be used.
+    """
+
+    def __init__(self, engine: Engine, layout: Layout, options: GenerationOptions):
+        self._engine, self._layout, self._options = engine, layout, options
         self._limit = min(options.max_new_tokens, _room_for_answer(engine, layout))
         self._sampler = Sampler(options, layout.input_ids, engine.manifest.language.vocab_size)
+        constraint = options.constraint
+        self._matcher = None if constraint is None else Matcher(constraint, engine.grammar_tokenizer)
+        self._guard = RepetitionGuard() if options.repetition_guard and not options.ignore_eos else None
         self._stream = TextStream(engine.token_bytes, options.stop)
-        self._ids: list[int] = []
+        self._loop: str | None = None
         self._reused = self._decode_steps = 0
         self._seconds = dict.fromkeys(("load", "encode", "prefill", "decode"), 0.0)
-        context.turn += 1
-        self._turn = context.turn
+        self.inputs = PromptInputs(engine, layout)
+        self.progress = Progress([], None if options.top_logprobs is None else [])
 
-    def pieces(self) -> Generator[str, None, Answer]:
-        """Yields text as it becomes certain and returns the Answer; the context then holds all that was computed."""
+    def pieces(self, context: Context) -> Generator[str, None, Answer]:
+        """Yields text as it becomes certain and returns the Answer; the context then holds all that was computed.
+
+        From here on an earlier stream of the same context cannot go on.
+        """
+        context.turn += 1
+        self._context, self._turn = context, context.turn
+        return self._pieces()
+
+    def _pieces(self) -> Generator[str, None, Answer]:
         token = self._first_token()
         reason = EOS
         while token != self._engine.processor.eos_id or self._options.ignore_eos:
-            self._ids.append(token)
+            self.progress.token_ids.append(token)
             if piece := self._stream.push(token):
                 yield piece
-            if self._stream.stopped or len(self._ids) == self._limit:
-                reason = STOP if self._stream.stopped else LENGTH
+            if ended := self._end_after(token):
+                reason = ended
                 break
             token = self._next_token(token)
         if piece := self._stream.finish():
             yield piece
         return self._answer(STOP if self._stream.stopped else reason)
 
+    def _end_after(self, token: int) -> str | None:
+        """Why the answer ends with this token, None where it goes on."""
+        complete = self._matcher is not None and self._matcher.push(token)
+        block = None if self._guard is None else self._guard.push(token)
+        ids = self.progress.token_ids
+        if self._stream.stopped:
+            return STOP
+        if complete:
+            return EOS
+        if block is not None:
+            said = self._engine.processor.tokenizer.decode(ids[-block:], skip_special_tokens=False)
+            self._loop = f"{block} tokens are repeated over and over: {said[:60]!r}"
+            return LOOP
+        return LENGTH if len(ids) == self._limit else None
+
     def _first_token(self) -> int:
-        self._check_turn()
-        contents = contents_of(self._layout, self._engine)
-        self._reused = self._context.keep_common(contents)
+        self._check()
+        self._reused = self._context.keep_common(self.inputs.contents)
         with self._timed("load"):
             self._load_graphs()
         with self._timed("encode"):
-            embeds = embed(self._engine, self._layout, self._reused)
+            embeds = self.inputs.embeds(self._reused, self._check)
         with self._timed("prefill"):
-            logits = self._context.prefill(contents[self._reused:], embeds, self._options.prefill_chunk)
-            return self._sampler.draw(logits)
+            contents = self.inputs.contents[self._reused:]
+            return self._choose(self._context.prefill(contents, embeds, self._options.prefill_chunk, self._check))
 
     def _load_graphs(self) -> None:
-        """The vision graph only where an image is not in the cache yet."""
+        """The vision graph only where an image is in no cache yet."""
         self._engine.backend.load("decoder")
-        if any(end > self._reused for _, end in image_spans(self._layout, self._engine)):
+        if self.inputs.needs_vision(self._reused):
             self._engine.backend.load("vision")
 
     def _next_token(self, token: int) -> int:
-        self._check_turn()
+        self._check()
         with self._timed("decode"):
             self._decode_steps += 1
-            return self._sampler.draw(self._context.decode_step(token))
+            return self._choose(self._context.decode_step(token))
 
-    def _check_turn(self) -> None:
+    def _choose(self, logits: np.ndarray) -> int:
+        """The next token of float32 [V] logits; its logprob is of the model's own distribution."""
+        asked = self.progress.logprobs
+        logprobs = None if asked is None else log_probabilities(logits)
+        token = self._sampler.draw(logits, None if self._matcher is None else self._matcher.allowed())
+        if asked is not None:
+            asked.append(describe_token(logprobs, token, self._options.top_logprobs, self._engine.token_bytes))
+        return token
+
+    def _check(self) -> None:
+        self.progress.check()
         if self._context.turn != self._turn:
             raise VL2Error("another answer was begun in this conversation", "finish one stream before the next")
 
@@ -84,10 +127,11 @@ class Generation:
 
     def _answer(self, reason: str) -> Answer:
         found = grounding.parse(self._stream.text)
-        images, seconds = self._layout.images, self._seconds
+        images, seconds, ids = self._layout.images, self._seconds, self.progress.token_ids
+        logprobs = self.progress.logprobs
         return Answer(
             text=self._stream.text,
-            token_ids=tuple(self._ids),
+            token_ids=tuple(ids),
             prompt_tokens=len(self._layout.input_ids),
             reused_tokens=self._reused,
             boxes=found.boxes,
@@ -100,6 +144,9 @@ class Generation:
             decode_ms=seconds["decode"] * 1e3,
             tokens_per_second=self._decode_steps / seconds["decode"] if self._decode_steps else None,
             peak_rss_bytes=peak_rss_bytes(),
+            image_cache_hits=len(images) - self.inputs.encoded,
+            loop=self._loop,
+            logprobs=None if logprobs is None else tuple(logprobs[:len(ids)]),
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -14,12 +14,16 @@ from vl2.runtime.embeddings import Embeddings
 _PATCHES_PER_RUN = 1024
 
 
-def encode_tiles(backend: Backend, tiles: np.ndarray, geometry: ImageGeometry, hidden_size: int) -> np.ndarray:
-    """float32 [N, h·h, H] features of tiles float32 [N, 3, S, S], a few tiles at a time."""
+def encode_tiles(
+    backend: Backend, tiles: np.ndarray, geometry: ImageGeometry, hidden_size: int,
+    between: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """float32 [N, h·h, H] features of tiles float32 [N, 3, S, S], a few at a time; `between` is called before each."""
     patches = (geometry.tile_size // geometry.patch_size) ** 2
     step = max(1, _PATCHES_PER_RUN // patches)
     features = np.empty((len(tiles), geometry.tokens_per_side ** 2, hidden_size), np.float32)
     for start in range(0, len(tiles), step):
+        between()
         part = slice(start, start + step)
         backend.run("vision", {"tiles": tiles[part]}, {"image_features": features[part]})
     return features

@@ -13,9 +13,11 @@ from vl2.image import load_image
 from vl2.manifest import Manifest
 from vl2.prompt import IMAGE_PLACEHOLDER, Message
 from vl2.runtime.answer import STOP, Answer, AnswerStream
+from vl2.runtime.context_pool import ContextPool
 from vl2.runtime.engine import Context, Engine
 from vl2.runtime.generate import Generation
-from vl2.runtime.options import GenerationOptions
+from vl2.runtime.options import BundleOptions, GenerationOptions
+from vl2.special_tokens import USER
 
 ImageSource = str | os.PathLike | Image.Image
 
@@ -23,8 +25,9 @@ ImageSource = str | os.PathLike | Image.Image
 class Model:
     """An opened bundle. Not thread-safe: one answer at a time."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, kv_cache_bytes: int = BundleOptions().kv_cache_bytes):
         self.engine = engine
+        self._contexts = ContextPool(engine, kv_cache_bytes)
 
     @property
     def manifest(self) -> Manifest:
@@ -51,6 +54,24 @@ class Model:
     ) -> AnswerStream:
         """As `ask`, in pieces: iterate over the text, then take `.answer`."""
         return self.chat().stream(question, images, options)
+
+    def complete(self, messages: Sequence[Message], options: GenerationOptions | None = None) -> AnswerStream:
+        """The answer to a whole conversation, as a server gets it: the last message is the user's.
+
+        The cache of an earlier conversation that begins alike is gone on with (BundleOptions.kv_cache_bytes); the
+        answer is as from nothing. Streams of several conversations may be taken in turns. Raises VL2Error as `ask`
+        does, and for roles or an order of messages that the template does not allow.
+        """
+        if not messages or messages[-1].role not in ("user", USER):
+            found = f"ends with a {messages[-1].role!r} message" if messages else "is empty"
+            raise VL2Error(f"the conversation {found}", "end it with a user message")
+        layout = self.engine.processor.lay_out([*messages, Message("assistant", "")])
+        generation = Generation(self.engine, layout, options or GenerationOptions())
+        return AnswerStream(self._in_pool(generation), generation.progress)
+
+    def _in_pool(self, generation: Generation) -> Generator[str, None, Answer]:
+        with self._contexts.lent(generation.inputs.contents) as context:
+            return (yield from generation.pieces(context))
 
     def chat(self, system: str | None = None) -> Chat:
         """A new conversation, headed by a system message if given."""
@@ -81,11 +102,11 @@ class Chat:
         """As `ask`, in pieces: iterate over the text, then take `.answer`."""
         turn = user_message(question, images)
         layout = self._engine.processor.lay_out([*self.history, turn, Message("assistant", "")])
-        generation = Generation(self._engine, layout, self._context, options or GenerationOptions())
-        return AnswerStream(self._remember(turn, generation))
+        generation = Generation(self._engine, layout, options or GenerationOptions())
+        return AnswerStream(self._remember(turn, generation.pieces(self._context)), generation.progress)
 
-    def _remember(self, turn: Message, generation: Generation) -> Generator[str, None, Answer]:
-        answer = yield from generation.pieces()
+    def _remember(self, turn: Message, pieces: Generator[str, None, Answer]) -> Generator[str, None, Answer]:
+        answer = yield from pieces
         ids = answer.token_ids
         if answer.stop_reason == STOP:
             # The ids run into the stop string; the conversation goes on from what the user saw.

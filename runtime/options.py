@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 from vl2.errors import VL2Error
 from vl2.file_hashes import Progress
+from vl2.runtime.constraints import Constraint
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -19,6 +21,9 @@ class BundleOptions:
     physical core that this process may use. check_hashes: False checks sizes only. check_memory: False opens a bundle
     whose weights are larger than the available memory. progress: gets (stage, bytes done, bytes in all).
     max_tiles: at most so many local tiles an image (its global view comes on top); None is the original's rule.
+    kv_cache_bytes: of conversations that `Model.complete` may keep to go on with; a running one comes on top.
+    image_cache_bytes: of encoded images in memory, 10 MB for a large one of Tiny. cache_dir: keeps them there too, at
+    most cache_dir_bytes; it may be shared by processes and bundles.
     """
 
     device: str = "auto"
@@ -27,11 +32,17 @@ class BundleOptions:
     check_memory: bool = True
     progress: Progress | None = None
     max_tiles: int | None = None
+    kv_cache_bytes: int = 512 << 20
+    image_cache_bytes: int = 64 << 20
+    cache_dir: str | os.PathLike | None = None
+    cache_dir_bytes: int = 2 << 30
 
     def __post_init__(self):
         _expect(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
         _expect(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
         _expect(self.max_tiles is None or self.max_tiles >= 1, "max_tiles", self.max_tiles, "at least 1")
+        for name in ("kv_cache_bytes", "image_cache_bytes", "cache_dir_bytes"):
+            _expect(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
 
 
 @dataclass(frozen=True)
@@ -40,8 +51,12 @@ class GenerationOptions:
 
     The original's inference.py samples with temperature 0.4, top_p 0.9, repetition_penalty 1.1.
     repetition_penalty: over prompt and answer. stop: the answer ends before the first of these strings.
-    seed: None draws another one each time. ignore_eos: goes on after the end token, for measurements.
-    prefill_chunk: prompt tokens taken at once; less needs less memory.
+    seed: None draws another one each time. ignore_eos: goes on after the end token, for measurements; the repetition
+    guard is then off. prefill_chunk: prompt tokens taken at once; less needs less memory.
+    frequency_penalty, presence_penalty: taken from the logit of a token for each time it is in the answer, and once.
+    top_logprobs: how many of the likeliest tokens come with each token's logprob; None gives no logprobs.
+    constraint: what the answer must match. repetition_guard: ends an answer that goes round in circles
+    (vl2.runtime.repetition has the rule).
     """
 
     max_new_tokens: int = 512
@@ -52,6 +67,11 @@ class GenerationOptions:
     seed: int | None = None
     ignore_eos: bool = False
     prefill_chunk: int = 512
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    top_logprobs: int | None = None
+    constraint: Constraint | None = None
+    repetition_guard: bool = True
 
     def __post_init__(self):
         _expect(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
@@ -62,6 +82,11 @@ class GenerationOptions:
         _expect(all(self.stop), "stop", self.stop, "strings that are not empty")
         _expect(self.seed is None or self.seed >= 0, "seed", self.seed, "0 or more")
         _expect(self.prefill_chunk >= 1, "prefill_chunk", self.prefill_chunk, "at least 1")
+        for name in ("frequency_penalty", "presence_penalty"):
+            _expect(math.isfinite(getattr(self, name)), name, getattr(self, name), "a finite number")
+        _expect(self.top_logprobs is None or self.top_logprobs >= 0, "top_logprobs", self.top_logprobs, "0 or more")
+        if self.ignore_eos and self.constraint is not None:
+            raise VL2Error("ignore_eos goes on after the end token, a constraint ends there", "give one of them")
 
 
 def _expect(holds: bool, name: str, value: object, expected: str) -> None:

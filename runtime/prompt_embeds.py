@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+from PIL import Image
 
 from vl2.image import image_tiles, image_token_count
 from vl2.prompt import Layout
@@ -12,33 +16,101 @@ from vl2.runtime.engine import Engine
 from vl2.runtime.image_features import assemble_image, encode_tiles
 
 
+@dataclass(frozen=True)
+class ImageSpan:
+    """An image of a prompt, its tiles (tw, th) and its positions start … end - 1."""
+
+    image: Image.Image
+    crop: np.ndarray
+    start: int
+    end: int
+
+    @cached_property
+    def digest(self) -> bytes:
+        """sha256 of pixels, size and crop."""
+        facts = np.array([*self.image.size, *self.crop], np.int64).tobytes()
+        return hashlib.sha256(facts + self.image.tobytes()).digest()
+
+
+class PromptInputs:
+    """A laid-out prompt with its images; their vectors come from the engine's image cache where it has them.
+
+    encoded: images for which the vision graph has run.
+    """
+
+    def __init__(self, engine: Engine, layout: Layout):
+        self._engine, self._layout = engine, layout
+        self.images = _image_spans(engine, layout)
+        self.encoded = 0
+        self._vectors: dict[bytes, np.ndarray] = {}
+
+    @cached_property
+    def contents(self) -> np.ndarray:
+        """int64 [T]: token ids, and for the positions of an image a negative number made from its pixels and crop."""
+        contents = self._layout.input_ids.copy()
+        for span in self.images:
+            contents[span.start:span.end] = -1 - (int.from_bytes(span.digest[:8], "little") >> 1)
+        return contents
+
+    def needs_vision(self, start: int) -> bool:
+        """Whether `embeds(start)` runs the vision graph; what the cache has is held from here on."""
+        missing = False
+        for span in self.images:
+            if span.end > start and span.digest not in self._vectors:
+                found = self._engine.image_cache.get(self._key(span))
+                missing |= found is None
+                if found is not None:
+                    self._vectors[span.digest] = found
+        return missing
+
+    def embeds(self, start: int, between: Callable[[], None] = lambda: None) -> np.ndarray:
+        """float32 [T - start, H] from position `start` on; images that end before it are not even cut.
+
+        between: called before each part of the work, may raise.
+        """
+        self.needs_vision(start)
+        embeds = self._engine.embeddings.lookup(self._layout.input_ids[start:])
+        for span in self.images:
+            if span.end > start:
+                vectors = self._vectors_of(span, between)
+                embeds[max(span.start - start, 0):span.end - start] = vectors[max(start - span.start, 0):]
+        self._vectors.clear()
+        return embeds
+
+    def _vectors_of(self, span: ImageSpan, between: Callable[[], None]) -> np.ndarray:
+        if span.digest not in self._vectors:
+            self._vectors[span.digest] = self._encode(span, between)
+            self.encoded += 1
+        return self._vectors[span.digest]
+
+    def _encode(self, span: ImageSpan, between: Callable[[], None]) -> np.ndarray:
+        engine, geometry = self._engine, self._engine.processor.geometry
+        tiles = image_tiles(span.image, span.crop, geometry)
+        hidden = engine.manifest.language.hidden_size
+        features = encode_tiles(engine.backend, tiles, geometry, hidden, between)
+        vectors = assemble_image(features, span.crop, engine.embeddings, engine.manifest.image.global_view_pos)
+        engine.image_cache.put(self._key(span), vectors)
+        return vectors
+
+    def _key(self, span: ImageSpan) -> bytes:
+        return hashlib.sha256(self._engine.identity + span.digest).digest()
+
+
 def contents_of(layout: Layout, engine: Engine) -> np.ndarray:
-    """int64 [T]: token ids, and for the positions of an image a negative number made from its pixels and crop."""
-    contents = layout.input_ids.copy()
-    for image, crop, (start, end) in zip(layout.images, layout.crops, image_spans(layout, engine), strict=True):
-        digest = hashlib.sha256(np.array([*image.size, *crop], np.int64).tobytes() + image.tobytes()).digest()
-        contents[start:end] = -1 - (int.from_bytes(digest[:8], "little") >> 1)
-    return contents
+    """As PromptInputs.contents."""
+    return PromptInputs(engine, layout).contents
 
 
-def image_spans(layout: Layout, engine: Engine) -> list[tuple[int, int]]:
-    """[start, end) of each image's positions, in order."""
+def embed(engine: Engine, layout: Layout, start: int) -> np.ndarray:
+    """As PromptInputs.embeds."""
+    return PromptInputs(engine, layout).embeds(start)
+
+
+def _image_spans(engine: Engine, layout: Layout) -> tuple[ImageSpan, ...]:
     positions = np.flatnonzero(layout.images_seq_mask)
     counts = [image_token_count(crop, engine.processor.geometry) for crop in layout.crops]
     firsts = np.cumsum([0, *counts])
     assert firsts[-1] == len(positions), "an image has as many positions as vectors"
-    return [(int(positions[first]), int(positions[first]) + count)
-            for first, count in zip(firsts[:-1], counts, strict=True)]
-
-
-def embed(engine: Engine, layout: Layout, start: int) -> np.ndarray:
-    """float32 [T - start, H] from position `start` on; images that end before it are not even cut."""
-    embeds = engine.embeddings.lookup(layout.input_ids[start:])
-    geometry = engine.processor.geometry
-    for image, crop, (first, end) in zip(layout.images, layout.crops, image_spans(layout, engine), strict=True):
-        if end <= start:
-            continue
-        features = encode_tiles(engine.backend, image_tiles(image, crop, geometry), geometry, embeds.shape[1])
-        vectors = assemble_image(features, crop, engine.embeddings, engine.manifest.image.global_view_pos)
-        embeds[max(first - start, 0):end - start] = vectors[max(start - first, 0):]
-    return embeds
+    starts = [int(positions[first]) for first in firsts[:-1]]
+    return tuple(ImageSpan(image, crop, start, start + count)
+                 for image, crop, start, count in zip(layout.images, layout.crops, starts, counts, strict=True))

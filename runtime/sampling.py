@@ -1,4 +1,4 @@
-"""Choosing the next token: repetition penalty, then temperature, then top-p, as the original's generate."""
+"""Choosing the next token: penalties, the mask of a constraint, then temperature, then top-p."""
 
 from __future__ import annotations
 
@@ -18,25 +18,33 @@ class Sampler:
         self._random = np.random.default_rng(options.seed)
         self._seen = np.zeros(vocab_size, bool)
         self._seen[prompt_ids] = True
+        self._drawn: dict[int, int] = {}
 
-    def draw(self, logits: np.ndarray) -> int:
-        """The id of the next token, which from then on counts as seen."""
+    def draw(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> int:
+        """The id of the next token, one of `allowed` bool [V], which from then on counts as seen."""
         options = self._options
         if options.repetition_penalty != 1.0:
             penalise_repetition(logits, self._seen, options.repetition_penalty)
+        if self._drawn and (options.frequency_penalty or options.presence_penalty):
+            penalise_counts(logits, self._drawn, options.frequency_penalty, options.presence_penalty)
+        if allowed is not None:
+            logits[~allowed] = -np.inf
         if options.temperature == 0.0:
             token = int(np.argmax(logits))
         else:
             token = self._sample(logits)
         self._seen[token] = True
+        self._drawn[token] = self._drawn.get(token, 0) + 1
         return token
 
     def _sample(self, logits: np.ndarray) -> int:
         weights = np.exp((logits - logits.max()) / np.float32(self._options.temperature), dtype=np.float32)
         tokens, shares = nucleus(weights.astype(np.float64) / weights.sum(dtype=np.float64), self._options.top_p)
         cumulative = np.cumsum(shares)
-        position = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
-        return int(tokens[min(position, len(tokens) - 1)])
+        position = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
+        if position == len(tokens):  # the product was rounded up to the whole
+            position = int(np.flatnonzero(shares)[-1])
+        return int(tokens[position])
 
 
 def penalise_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) -> None:
@@ -48,6 +56,16 @@ def penalise_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) ->
     values = logits[ids]
     factor = np.float32(penalty)
     logits[ids] = np.where(values > 0, values / factor, values * factor)
+
+
+def penalise_counts(logits: np.ndarray, drawn: dict[int, int], frequency: float, presence: float) -> None:
+    """Takes `frequency` times its count and `presence` once from the logit of each drawn token, in place.
+
+    logits: float32 [V]; drawn: how often each id is in the answer. Source: OpenAI's API reference.
+    """
+    ids = np.fromiter(drawn.keys(), np.int64, len(drawn))
+    counts = np.fromiter(drawn.values(), np.float32, len(drawn))
+    logits[ids] -= counts * np.float32(frequency) + np.float32(presence)
 
 
 def nucleus(probabilities: np.ndarray, top_p: float) -> tuple[np.ndarray, np.ndarray]:

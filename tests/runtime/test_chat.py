@@ -22,7 +22,7 @@ def fresh(model: Model, chat: Chat, question: str, images=()) -> tuple[int, ...]
     """The next answer of a conversation computed from nothing."""
     turn = Message("user", "<image>\n" * len(images) + question, images)
     layout = model.engine.processor.lay_out([*chat.history, turn, Message("assistant", "")])
-    pieces = Generation(model.engine, layout, Context(model.engine), SHORT).pieces()
+    pieces = Generation(model.engine, layout, SHORT).pieces(Context(model.engine))
     try:
         while True:
             next(pieces)
@@ -82,8 +82,8 @@ def test_another_image_in_the_same_place_is_not_taken_for_the_first(numpy_model:
     answers = []
     for image in (NOISE[0], NOISE[3], NOISE[0]):
         layout = engine.processor.lay_out([Message("user", "<image>\nWhat?", [image]), Message("assistant", "")])
-        generation = Generation(engine, layout, context, SHORT)
-        answers.append(list(generation.pieces()))
+        generation = Generation(engine, layout, SHORT)
+        answers.append(list(generation.pieces(context)))
         assert generation._reused < 10
     assert answers[0] == answers[2] != answers[1]
 

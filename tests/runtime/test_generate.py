@@ -88,7 +88,7 @@ def scripted(model: Model, monkeypatch, text: str) -> list[int]:
     tokenizer, eos = model.engine.processor.tokenizer, model.engine.processor.eos_id
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     script = iter([*ids, eos, *[5] * 100])
-    monkeypatch.setattr("vl2.runtime.sampling.Sampler.draw", lambda self, logits: next(script))
+    monkeypatch.setattr("vl2.runtime.sampling.Sampler.draw", lambda self, logits, allowed=None: next(script))
     return ids
 
 
