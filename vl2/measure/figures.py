@@ -31,6 +31,8 @@ def _prefill_rate(reading: Reading) -> float:
 _BEFORE = (
     Figure("cold_first_token_seconds", "first token of a new process, text, s", "{:.3f}",
            lambda reading: reading["first_token_seconds"]),
+    Figure("cold_first_token_processor_seconds", "    of it processor time of all threads, s", "{:.3f}",
+           lambda reading: reading["processor_seconds"]),
     Figure("warm_first_token_seconds", "first token once loaded, text, s", "{:.3f}",
            lambda reading: reading["warm_seconds"]),
     Figure("open_seconds", "open the bundle, s", "{:.3f}", lambda reading: reading["open_seconds"]),

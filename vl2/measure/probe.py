@@ -62,9 +62,9 @@ class Probe:
         from vl2.measure.workload import COLD, WARM
 
         cold, _ = self._first_token(self._model.chat(), COLD)
-        at = time.monotonic()
+        at, processor_seconds = time.monotonic(), time.process_time()
         warm, seconds = self._first_token(self._model.chat(), WARM)
-        return {"first_token_at": at, "load_seconds": cold.load_ms / 1e3, "text_tokens": cold.prompt_tokens,
+        return {"first_token_at": at, "processor_seconds": processor_seconds, "load_seconds": cold.load_ms / 1e3, "text_tokens": cold.prompt_tokens,
                 "warm_seconds": seconds, "warm_tokens": warm.prompt_tokens}
 
     def _contexts(self) -> list[dict[str, Any]]:
@@ -112,7 +112,9 @@ class Probe:
     def _options(self, new_tokens: int) -> Any:
         from vl2.runtime import GenerationOptions
 
-        return GenerationOptions(max_new_tokens=new_tokens, ignore_eos=True, prefill_chunk=self._work.prefill_chunk)
+        # What is measured may go on and on; neither an end token nor the guard may cut it.
+        return GenerationOptions(max_new_tokens=new_tokens, ignore_eos=True, repetition_guard=False,
+                                 prefill_chunk=self._work.prefill_chunk)
 
 
 def request_of(bundle: Path, options: dict[str, Any], workload: Any) -> str:
