@@ -64,8 +64,8 @@ class Probe:
         cold, _ = self._first_token(self._model.chat(), COLD)
         at, processor_seconds = time.monotonic(), time.process_time()
         warm, seconds = self._first_token(self._model.chat(), WARM)
-        return {"first_token_at": at, "processor_seconds": processor_seconds, "load_seconds": cold.load_ms / 1e3, "text_tokens": cold.prompt_tokens,
-                "warm_seconds": seconds, "warm_tokens": warm.prompt_tokens}
+        return {"first_token_at": at, "processor_seconds": processor_seconds, "load_seconds": cold.load_ms / 1e3,
+                "text_tokens": cold.prompt_tokens, "warm_seconds": seconds, "warm_tokens": warm.prompt_tokens}
 
     def _contexts(self) -> list[dict[str, Any]]:
         """One conversation that grows from context to context; its cache is kept, so each adds only what is new."""
