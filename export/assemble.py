@@ -16,7 +16,8 @@ from vl2.export.weights import Weight
 from vl2.manifest import Port
 from vl2.model.vl2 import DeepseekVL2
 
-_TYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64, "bool": ir.DataType.BOOL}
+_TYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8,
+          "int64": ir.DataType.INT64, "bool": ir.DataType.BOOL}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,18 @@ class TracedGraph:
     weights: dict[str, Weight]
 
 
-def assemble(name: str, config: ModelConfig, native: bool = False) -> TracedGraph:
-    """The traced graph of a name in `declare_graphs`; native: with the operators that `plugins/` has kernels for."""
+def assemble(name: str, config: ModelConfig, kv_cache: str | None = None) -> TracedGraph:
+    """The traced graph of a name in `declare_graphs`; with a kv_cache of operators that `plugins/` has kernels for."""
     with torch.device("meta"):
         model = DeepseekVL2(config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     # what is traced does not depend on how weights are stored
-    kinds = _trace_kinds(name, replace(config, quantization_config=None), native)
-    graph = declare_graphs(config, in_place=native)[name]
+    kinds = _trace_kinds(name, replace(config, quantization_config=None), kv_cache)
+    graph = declare_graphs(config, kv_cache)[name]
     inputs = [_input(port) for port in graph.inputs]
     values, weights = {value.name: value for value in inputs}, {}
     whole = ir.Graph(inputs, [], nodes=[], opset_imports={"": OPSET, DOMAIN: 1}, name=graph.file.partition(".")[0])
-    for number, piece in enumerate(pieces_of(name, model, in_place=native)):
+    for number, piece in enumerate(pieces_of(name, model, kv_cache)):
         copy = kinds[piece.kind].clone()
         _connect(copy, [values[port.name] for port in piece.inputs])
         _share_weights(copy, whole, weights, _model_names(piece, names))
@@ -50,14 +51,15 @@ def assemble(name: str, config: ModelConfig, native: bool = False) -> TracedGrap
 
 
 @lru_cache(maxsize=8)
-def _trace_kinds(name: str, config: ModelConfig, native: bool) -> dict[str, ir.Graph]:
+def _trace_kinds(name: str, config: ModelConfig, kv_cache: str | None) -> dict[str, ir.Graph]:
     """Each kind of piece, traced; kept because the schemes of a checkpoint share it. Copy before use."""
     with torch.device("meta"):
         model = DeepseekVL2(config)
     kinds: dict[str, ir.Graph] = {}
-    for piece in pieces_of(name, model, in_place=native):
+    substitutes = STANDARD if kv_cache is None else NATIVE
+    for piece in pieces_of(name, model, kv_cache):
         if piece.kind not in kinds:
-            kinds[piece.kind] = trace(piece.module, piece.inputs, piece.outputs, NATIVE if native else STANDARD).graph
+            kinds[piece.kind] = trace(piece.module, piece.inputs, piece.outputs, substitutes).graph
     return kinds
 
 

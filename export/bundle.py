@@ -47,12 +47,14 @@ class ExportOptions:
     """scheme: how weights are stored, "fp32" or "fp16" (None); of a quantized checkpoint None, its codes are kept.
     verify: compare the graphs with PyTorch; force: replace the bundle that is there. lowering: "portable" (standard
     ONNX), for quantized checkpoints and then the default "ort" (onnxruntime's MatMulNBits), or "cpu" (our operators).
+    kv_cache: how caches are held, "fp32" (None), with the lowering "cpu" also "fp16" and "int8".
     source: what the manifest names where the folder is only a step on the way from the user's checkpoint."""
 
     scheme: str | None = None
     verify: bool = True
     force: bool = False
     lowering: str | None = None
+    kv_cache: str | None = None
     source: Source | None = None
 
 
@@ -78,7 +80,7 @@ def export_checkpoint(
     options, source, out = options or ExportOptions(), Path(source), Path(out).absolute()
     check_place(out, options.force)
     checkpoint = open_checkpoint(source)
-    storing = choose_storing(checkpoint, options.scheme, options.lowering)
+    storing = choose_storing(checkpoint, options.scheme, options.lowering, options.kv_cache)
     plan = plan_checkpoint(checkpoint, storing)
     if options.verify:
         check_memory(plan.verify_memory_bytes)
@@ -96,7 +98,7 @@ def export_checkpoint(
 
 def _write_bundle(job: Job, hashes: Future) -> Manifest:
     staging, checkpoint = job.staging, job.checkpoint
-    declared = declare_graphs(checkpoint.config, job.storing.caches_in_place)
+    declared = declare_graphs(checkpoint.config, job.storing.kv_cache)
     parts = {name: staging.part(name) or _write_graph(job, name) for name in declared}
     parts["embeddings"] = staging.part("embeddings") or _write_embeddings(job)
     parts["copies"] = _copy_files(job)
@@ -127,7 +129,7 @@ def _write_bundle(job: Job, hashes: Future) -> Manifest:
 
 
 def _write_graph(job: Job, name: str) -> dict[str, Any]:
-    graph = declare_graphs(job.checkpoint.config, job.storing.caches_in_place)[name]
+    graph = declare_graphs(job.checkpoint.config, job.storing.kv_cache)[name]
     data = DataFile(graph.data_file, job.storing)
     job.progress(f"{name} graph", 0, 1)
     model, placed = build_graph(name, job.checkpoint.config, data)
@@ -178,6 +180,7 @@ def _inputs(job: Job) -> dict[str, Any]:
         "files": status,
         "scheme": job.storing.scheme,
         "lowering": job.storing.lowering,
+        "kv_cache": job.storing.kv_cache,
         "vl2_version": __version__,
         "tools": tool_versions(),
     }

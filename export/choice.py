@@ -7,7 +7,7 @@ from typing import Any
 from vl2.errors import VL2Error
 from vl2.export.checkpoint import Checkpoint, storing_of
 from vl2.export.schemes import check_scheme
-from vl2.export.storing import Storing, check_lowering
+from vl2.export.storing import Storing, check_kv_cache, check_lowering
 from vl2.json_file import read_json
 from vl2.modules import module_of
 from vl2.quantization import DESCRIPTION_NAME, WEIGHT
@@ -18,8 +18,10 @@ _COPIED = ("recipe", "method", "calibration", "leaning_experts", "coverage", "bu
 UNPACKED_SCHEME = "fp16"
 
 
-def choose_storing(checkpoint: Checkpoint, scheme: str | None, lowering: str | None) -> Storing:
-    """scheme, lowering: as in ExportOptions. Raises VL2Error on unknown ones and on a scheme for packed codes."""
+def choose_storing(
+    checkpoint: Checkpoint, scheme: str | None, lowering: str | None, kv_cache: str | None = None
+) -> Storing:
+    """The last three as in ExportOptions. Raises VL2Error on unknown ones and on a scheme for packed codes."""
     if checkpoint.quantized and scheme is not None:
         raise VL2Error(
             f"{checkpoint.folder} is quantized, and its codes are exported as they are; the scheme `{scheme}` was "
@@ -28,7 +30,8 @@ def choose_storing(checkpoint: Checkpoint, scheme: str | None, lowering: str | N
         )
     scheme = scheme or UNPACKED_SCHEME
     check_scheme(scheme)
-    return storing_of(checkpoint, scheme, check_lowering(lowering, checkpoint.quantized))
+    lowering = check_lowering(lowering, checkpoint.quantized)
+    return storing_of(checkpoint, scheme, lowering, check_kv_cache(kv_cache, lowering))
 
 
 def bundle_scheme(checkpoint: Checkpoint, storing: Storing) -> str:

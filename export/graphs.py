@@ -11,7 +11,8 @@ decoder:  inputs_embeds [batch, tokens, H], position_ids [batch, tokens] int64, 
 
 Where caches are written in place (lowering `cpu`) the decoder takes inputs_embeds, position_ids, `past_length` int64
 and whole buffers `key_cache.l`, `value_cache.l` [batch, capacity, kv_heads, head_dim] or `latent_cache.l`
-[batch, capacity, R + dr], and gives logits only.
+[batch, capacity, R + dr], float32, float16 or int8, and gives logits only. INT8 buffers have float32 scales as well,
+`key_scale.l`, `value_scale.l` [batch, capacity, kv_heads] or `latent_scale.l` [batch, capacity, 2] (latent, rope key).
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from __future__ import annotations
 from vl2.config import LanguageConfig, ModelConfig
 from vl2.manifest import CachePorts, Graph, Port
 
+# Caches that the decoder writes in place: name to element type.
+KV_CACHES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 
-def declare_graphs(config: ModelConfig, in_place: bool = False) -> dict[str, Graph]:
+
+def declare_graphs(config: ModelConfig, kv_cache: str | None = None) -> dict[str, Graph]:
     """The graphs of a checkpoint with all their ports, by name, in the order of export.
 
-    in_place: caches are buffers that the decoder writes into.
+    kv_cache: element type where caches are buffers that the decoder writes into, None where it gives new entries.
     """
-    decoder = _decoder_in_place(config) if in_place else _decoder(config)
+    decoder = _decoder(config) if kv_cache is None else _decoder_in_place(config, kv_cache)
     return {"vision": _vision(config), "decoder": decoder}
 
 
@@ -34,6 +38,13 @@ def cache_entries(language: LanguageConfig) -> dict[str, tuple[int, ...]]:
     if language.use_mla:
         return {"latent": (language.kv_lora_rank + language.qk_rope_head_dim,)}
     return {name: (language.kv_heads, language.head_dim) for name in ("key", "value")}
+
+
+def cache_scales(language: LanguageConfig, kv_cache: str) -> dict[str, tuple[int, ...]]:
+    """The scales that a layer keeps of a token beside INT8 entries: name to shape."""
+    if kv_cache != "int8":
+        return {}
+    return {"latent": (2,)} if language.use_mla else {name: (language.kv_heads,) for name in ("key", "value")}
 
 
 def _vision(config: ModelConfig) -> Graph:
@@ -54,12 +65,13 @@ def _decoder(config: ModelConfig) -> Graph:
     return Graph("decoder.onnx", "decoder.data", (*inputs, *past), (_logits(language), *new), pairs)
 
 
-def _decoder_in_place(config: ModelConfig) -> Graph:
+def _decoder_in_place(config: ModelConfig, kv_cache: str) -> Graph:
     language = config.language_config
     inputs = (*_tokens(language), Port("past_length", "int64", ()))
-    buffers = tuple(
-        Port(f"{name}_cache.{l}", "float32", ("batch", "capacity", *entry)) for l, name, entry in _entries(language)
-    )
+    entries = {f"{name}_cache": (kv_cache, shape) for name, shape in cache_entries(language).items()}
+    entries |= {f"{name}_scale": ("float32", shape) for name, shape in cache_scales(language, kv_cache).items()}
+    buffers = tuple(Port(f"{name}.{l}", dtype, ("batch", "capacity", *shape))
+                    for l in range(language.num_hidden_layers) for name, (dtype, shape) in entries.items())
     caches = tuple(CachePorts(buffer.name, None) for buffer in buffers)
     return Graph("decoder.onnx", "decoder.data", (*inputs, *buffers), (_logits(language),), caches)
 

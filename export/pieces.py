@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from vl2.config import LanguageConfig
-from vl2.export.graphs import cache_entries, declare_graphs
+from vl2.export.graphs import cache_entries, cache_scales, declare_graphs
 from vl2.manifest import Graph, Port
 from vl2.model.decoder import Decoder, DecoderLayer, additive_mask
 from vl2.model.moe import MoE
@@ -98,7 +98,8 @@ class InPlaceBlock(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past_length: Tensor, *caches: Tensor) -> Tensor:
-        return self.layer(x, None, (cos, sin), (*caches, past_length))[0]
+        entries = len(self.layer.self_attn.cache_names)
+        return self.layer(x, None, (cos, sin), (*caches[:entries], past_length, *caches[entries:]))[0]
 
 
 class DecoderEnd(nn.Module):
@@ -112,11 +113,11 @@ class DecoderEnd(nn.Module):
         return self.lm_head(self.norm(x[:, -1]))
 
 
-def pieces_of(name: str, model: DeepseekVL2, in_place: bool = False) -> list[Piece]:
+def pieces_of(name: str, model: DeepseekVL2, kv_cache: str | None = None) -> list[Piece]:
     """The pieces of a graph of `declare_graphs`, in order. model: on the meta device."""
     if name == "vision":
         return list(_vision(model))
-    return list(_decoder_in_place(model) if in_place else _decoder(model))
+    return list(_decoder(model) if kv_cache is None else _decoder_in_place(model, kv_cache))
 
 
 def _vision(model: DeepseekVL2) -> Iterator[Piece]:
@@ -145,13 +146,13 @@ def _decoder(model: DeepseekVL2) -> Iterator[Piece]:
     yield _end(model, graph)
 
 
-def _decoder_in_place(model: DeepseekVL2) -> Iterator[Piece]:
+def _decoder_in_place(model: DeepseekVL2, kv_cache: str) -> Iterator[Piece]:
     language = model.config.language_config
-    graph = declare_graphs(model.config, in_place=True)["decoder"]
+    graph = declare_graphs(model.config, kv_cache)["decoder"]
     _, position_ids, past_length, *buffers = graph.inputs
     x, tables = _hidden(graph), _tables(language)
     yield Piece("stem", InPlaceStem(model.language), (position_ids,), tables)
-    width = len(cache_entries(language))
+    width = len(cache_entries(language)) + len(cache_scales(language, kv_cache))
     for l, layer in enumerate(model.language.layers):
         caches = buffers[l * width : (l + 1) * width]
         yield Piece(_kind(layer), InPlaceBlock(layer), (x(l), *tables, past_length, *caches), (x(l + 1),))

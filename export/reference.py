@@ -14,19 +14,26 @@ from torch import Tensor, nn
 from vl2.export.checkpoint import Checkpoint
 from vl2.export.pieces import Piece, pieces_of
 from vl2.export.schemes import storage_of
+from vl2.export.trace import DTYPES, ROUNDING
 from vl2.export.weights import Weight
 from vl2.model.vl2 import DeepseekVL2
+from vl2.plugins.substitution import substitute
 
 _BLOCK_ROWS = 4096
 
 
 class StreamedModel:
-    """The reference of one checkpoint and scheme (of what is not packed); nothing is loaded until it runs."""
+    """The reference of one checkpoint and scheme (of what is not packed); nothing is loaded until it runs.
 
-    def __init__(self, checkpoint: Checkpoint, scheme: str):
-        self._checkpoint, self._scheme = checkpoint, scheme
+    kv_cache: float16 or int8 where attention sees keys and values as such a cache holds them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, scheme: str, kv_cache: str | None = None):
+        self._checkpoint, self._scheme, self._kv_cache = checkpoint, scheme, kv_cache
         with torch.device("meta"):
             self._model = DeepseekVL2(checkpoint.config).eval()
+        if kv_cache is not None:
+            substitute(self._model, ROUNDING)
         self._names = {id(parameter): name for name, parameter in self._model.named_parameters()}
 
     @torch.inference_mode()
@@ -40,18 +47,20 @@ class StreamedModel:
     @torch.inference_mode()
     def logits(self, inputs_embeds: Tensor, positions: int) -> Tensor:
         """Logits [positions, V] of the last positions of one unpadded prompt [1, T, H], without a cache."""
-        *pieces, end = pieces_of("decoder", self._model)
+        *pieces, end = pieces_of("decoder", self._model, self._kv_cache)
         length = inputs_embeds.shape[1]
         values = {
             "inputs_embeds": inputs_embeds,
             "position_ids": torch.arange(length)[None],
             "attention_mask": torch.ones(1, length, dtype=torch.bool),
+            "past_length": torch.tensor(0),
         }
+        room = 0 if self._kv_cache is None else length
         for piece in pieces:
             known = {port.name for port in piece.inputs} & values.keys()
             past = [port for port in piece.inputs if port.name not in known]
-            values |= {port.name: torch.zeros(1, 0, *port.shape[2:]) for port in past}
-            values |= self._run(piece, values)
+            empty = {port.name: torch.zeros(1, room, *port.shape[2:], dtype=DTYPES[port.dtype]) for port in past}
+            values |= self._run(piece, values | empty)
         x = values[end.inputs[0].name][0, -positions:]
         with self._loaded(end.module):
             return end.module.lm_head(end.module.norm(x))

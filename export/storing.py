@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vl2.errors import VL2Error
+from vl2.export.graphs import KV_CACHES
 from vl2.export.native_storage import NativeStorage, native_storage
 from vl2.export.packed_storage import (
     PackedStorage,
@@ -36,18 +37,14 @@ _MANY_ROWS = ("vision.", "projector.")
 @dataclass(frozen=True)
 class Storing:
     """scheme: of all that is not packed; shapes: of the model's parameters; forms: of the packed ones, and the element
-    type of their scales."""
+    type of their scales; kv_cache: element type of the caches where the decoder writes them in place."""
 
     scheme: str
     lowering: str
     shapes: Mapping[str, tuple[int, ...]]
     forms: Mapping[str, Form] = field(default_factory=dict)
     scales: Mapping[str, Storage] = field(default_factory=dict)
-
-    @property
-    def caches_in_place(self) -> bool:
-        """Whether the decoder writes into the caches' buffers itself."""
-        return self.lowering == CPU
+    kv_cache: str | None = None
 
     def use_of(self, parameter: str) -> str:
         """One of the uses above."""
@@ -106,3 +103,15 @@ def check_lowering(lowering: str | None, quantized: bool) -> str:
         raise VL2Error("the lowering `ort` is for quantized checkpoints: it changes how packed matrices are multiplied",
                        "leave --lowering out, or quantize the checkpoint first")  # fmt: skip
     return lowering
+
+
+def check_kv_cache(kv_cache: str | None, lowering: str) -> str | None:
+    """The element type of caches written in place, float32 unless told; None in other lowerings. Raises VL2Error."""
+    if kv_cache not in (None, *KV_CACHES):
+        raise VL2Error(f"there is no KV cache `{kv_cache}`", f"choose one of {', '.join(KV_CACHES)}")
+    if lowering == CPU:
+        return KV_CACHES[kv_cache or "fp32"]
+    if kv_cache not in (None, "fp32"):
+        raise VL2Error(f"the KV cache `{kv_cache}` was asked for with the lowering `{lowering}`, whose caches are fp32",
+                       "give --lowering cpu as well, or leave --kv-cache out")  # fmt: skip
+    return None

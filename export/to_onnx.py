@@ -25,7 +25,7 @@ PACKED_OPSET = 21
 def build_graph(name: str, config: ModelConfig, data: DataFile) -> tuple[ir.Model, list[PlacedWeight]]:
     """The model of a graph, without data, and its weights in the order of the data file."""
     native = data.storing.lowering == CPU
-    traced = assemble(name, config, native)
+    traced = assemble(name, config, data.storing.kv_cache)
     arrange_weights(traced.model, traced.weights)
     lowered = cpu.lower(traced, data.storing) if native else portable.lower(traced)
     placed = store_weights(lowered.model, lowered.weights, data)

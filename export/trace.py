@@ -37,13 +37,13 @@ DOMAIN = "vl2"
 # What stands in the place of modules while they are traced: for lowerings to standard operators, and for those that
 # keep the operators of `plugins/`.
 STANDARD: Substitutes = {Experts: experts_op.TracedExperts}
-NATIVE: Substitutes = {
-    MoE: moe_op.TracedMoE, Attention: TracedAttention, LatentAttention: TracedLatentAttention
-}  # fmt: skip
+ROUNDING: Substitutes = {Attention: TracedAttention, LatentAttention: TracedLatentAttention}
+NATIVE: Substitutes = {MoE: moe_op.TracedMoE, **ROUNDING}
 
 # Sizes for tracing: distinct, so that no two sides are taken for one; past and new tokens of 0 and 1 are tested.
 _SIZES = {"batch": 2, "tokens": 3, "past": 5, "total": 8, "capacity": 7, "tiles": 2}
-_DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8, "int64": torch.int64,
+           "bool": torch.bool}  # fmt: skip
 
 
 def trace(
@@ -75,7 +75,7 @@ def trace(
 
 def _sample(port: Port) -> torch.Tensor:
     shape = [_SIZES[side] if isinstance(side, str) else side for side in port.shape]
-    return torch.empty(shape, dtype=_DTYPES[port.dtype], device="meta")
+    return torch.empty(shape, dtype=DTYPES[port.dtype], device="meta")
 
 
 def _dynamic(module: nn.Module, inputs: tuple[Port, ...]) -> tuple:
@@ -106,20 +106,27 @@ _ATTRIBUTES = {int: OpSchema.AttrType.INT, bool: OpSchema.AttrType.INT, float: O
                str: OpSchema.AttrType.STRING}  # fmt: skip
 
 
+# Of a cache that an attention writes.
+_CACHE, _CACHE_TYPES = "Cache", [f"tensor({dtype})" for dtype in ("float", "float16", "int8")]
+
+
 def _operator(
     name: str, inputs: dict[str, str], optional: tuple[str, ...] = (), attributes: dict[str, type] | None = None
 ) -> Op:
-    """A node type of our domain; inputs: name to element type."""
+    """A node type of our domain; inputs: name to element type, or to `_CACHE`."""
     option = OpSchema.FormalParameterOption
     parameters = [
         OpSchema.FormalParameter(
-            name, f"tensor({dtype})", param_option=option.Optional if name in optional else option.Single
+            name,
+            dtype if dtype == _CACHE else f"tensor({dtype})",
+            param_option=option.Optional if name in optional else option.Single,
         )
         for name, dtype in inputs.items()
     ]
     outputs = [OpSchema.FormalParameter("y", "tensor(float)")]
     kinds = [OpSchema.Attribute(key, _ATTRIBUTES[kind]) for key, kind in (attributes or {}).items()]
-    schema = OpSchema(name, DOMAIN, 1, inputs=parameters, outputs=outputs, attributes=kinds)
+    free = [(_CACHE, _CACHE_TYPES, "")] if _CACHE in inputs.values() else []
+    schema = OpSchema(name, DOMAIN, 1, inputs=parameters, outputs=outputs, attributes=kinds, type_constraints=free)
     return Op(Opset(DOMAIN, 1), name, schema)
 
 
@@ -129,8 +136,9 @@ _MOE = _operator(moe_op.OP_TYPE, moe_op.INPUTS, moe_op.OPTIONAL, moe_op.RULE)
 
 
 def _attention_operator(op_type: str, inputs: tuple[str, ...]) -> Op:
-    """One that writes caches: all inputs float but for the length, which is known by its name."""
-    types = {name: "int64" if name == "past_length" else "float" for name in inputs}
+    """One that writes caches: all inputs float but for these and the length, which are known by their names."""
+    types = {name: "int64" if name == "past_length" else _CACHE if name.endswith("cache") else "float"
+             for name in inputs}  # fmt: skip
     return _operator(op_type, types, tuple(name for name in inputs if name.endswith("_scale")), {"scale": float})
 
 

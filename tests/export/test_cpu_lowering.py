@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,46 @@ def layout_of(attributes: dict, op_type: str, prefix: str) -> Layout:
         rows, columns = (hidden, inner) if prefix.endswith("down_") else (2 * -(-inner // ROWS) * ROWS, hidden)
     form = [attributes[prefix + key] for key in ("scheme", "group_size", "scale_dtype")]
     return Layout(rows, columns, form[0].decode(), form[1], form[2].decode())
+
+
+@pytest.mark.parametrize("name, kv_cache", [("small-mini", "int8"), ("tiny-mini", "fp16")])
+def test_narrow_caches_answer_as_the_model_with_caches_rounded_alike(
+    goldens: Path, tmp_path: Path, name: str, kv_cache: str
+) -> None:
+    """The parity run's reference rounds keys, values and latents by itself (`plugins/attention/cache.py`)."""
+    options = ExportOptions(lowering="cpu", kv_cache=kv_cache)
+    manifest = export_checkpoint(goldens / name, tmp_path / "bundle", options)
+    verify, ports = manifest.verify, {port.name: port.dtype for port in manifest.graphs["decoder"].inputs}
+    caches = [ports[pair.past] for pair in manifest.graphs["decoder"].cache]
+    wanted = {"fp16": {"float16"}, "int8": {"int8", "float32"}}  # codes with their scales
+    assert set(caches) == wanted[kv_cache] and verify["tokens_equal"] and verify["status"] == "passed"
+    assert max(verify["logits_difference"], verify["chunked_difference"]) <= verify["bound"]
+
+
+@pytest.mark.parametrize("kv_cache", ["fp16", "int8"])
+def test_a_chat_over_a_narrow_cache_goes_on_as_one_long_prompt(
+    goldens: Path, tmp_path: Path, kv_cache: str
+) -> None:
+    """Chunks, decode steps, a cache cut and grown: what was written in pieces is what one prefill writes."""
+    bundle = tmp_path / "bundle"
+    export_checkpoint(goldens / "base-mini", bundle, ExportOptions(verify=False, lowering="cpu", kv_cache=kv_cache))
+    options = GenerationOptions(max_new_tokens=30, ignore_eos=True, prefill_chunk=40)
+    chat, image = open_bundle(bundle).chat(), goldens / "images" / "sq_384x384.png"
+    chat.ask("What is shown?", [image], options)
+    second = chat.ask("And where?", options=options)
+    again = open_bundle(bundle).chat()
+    again.history = chat.history[:2]
+    fresh = again.ask("And where?", options=replace(options, prefill_chunk=4096))
+    assert second.reused_tokens > 0 and fresh.reused_tokens == 0 and second.token_ids == fresh.token_ids
+
+
+@pytest.mark.parametrize("kv_cache, lowering, told", [("fp16", None, "whose caches are fp32"),
+                                                      ("fp8", "cpu", "there is no KV cache `fp8`")])
+def test_caches_that_a_lowering_does_not_have_are_refused(
+    goldens: Path, kv_cache: str, lowering: str | None, told: str
+) -> None:
+    with pytest.raises(VL2Error, match=told):
+        plan_export(goldens / "tiny-mini", ExportOptions(lowering=lowering, kv_cache=kv_cache))
 
 
 def test_float32_is_refused(goldens: Path) -> None:

@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.tolerances import PLANNED_MEMORY
+from vl2.config import load_config
+from vl2.export.graphs import KV_CACHES, declare_graphs
+from vl2.manifest import read_manifest, write_manifest
 from vl2.planning.demand import Demand, prompt_size
 from vl2.planning.memory import cache_bytes, run_memory
 from vl2.planning.models import PlannedModel, planned_model
 from vl2.planning.schemes import Choice, Storage, form_of_choice, storage_of
+from vl2.runtime.kv_cache import KVCache
 
 ROOT = Path(__file__).parents[2]
 _INT8 = ("int8", "int8", "int8")
@@ -66,6 +70,23 @@ def test_the_cache_holds_keys_and_values_or_the_latent() -> None:
     tiny, small, base = (planned_model(name).config.language_config for name in ("tiny", "small", "base"))
     assert cache_bytes(tiny) == 12 * 2 * 10 * 128 * 4
     assert cache_bytes(small) == 27 * (512 + 64) * 4 and cache_bytes(base, 2) == 30 * (512 + 64) * 2
+    # codes of INT8 with a float32 scale a token and head, of a latent one and one of its rope key
+    assert cache_bytes(tiny, 1) == 12 * 2 * 10 * (128 + 4) and cache_bytes(small, 1) == 27 * (512 + 64 + 2 * 4)
+
+
+@pytest.mark.parametrize("name, kv_cache", [("tiny-mini", "int8"), ("small-mini", "fp16"), ("base-mini", "int8")])
+def test_the_planned_cache_of_a_bundle_is_what_its_buffers_take(
+    goldens: Path, nano_bundle: Path, tmp_path: Path, name: str, kv_cache: str
+) -> None:
+    config = load_config(goldens / name)
+    graphs = declare_graphs(config, KV_CACHES[kv_cache])
+    cache = KVCache(graphs["decoder"])
+    cache.reserve(100)
+    write_manifest(tmp_path, replace(read_manifest(nano_bundle), graphs=graphs, lowering="cpu"))
+    (tmp_path / "config.json").write_bytes((goldens / name / "config.json").read_bytes())
+    model = planned_model(str(tmp_path))
+    planned = run_memory(model, model.storage, prompt_size(model, Demand(context=cache.capacity)), "cpu", False)
+    assert planned.kv_cache == cache.size_bytes and model.storage.kv_cache == kv_cache
 
 
 def test_workstation_memory_is_what_quantizing_asks_for() -> None:

@@ -129,6 +129,28 @@ def test_a_lowering_limits_the_schemes_and_a_quantized_checkpoint_takes_any(quan
     assert make_plan(replace(quantized, lowering=None)).storage.lowering == "ort"
 
 
+def test_a_narrower_cache_takes_less_and_is_proposed_where_it_makes_it_fit() -> None:
+    situation = Situation(planned_model("tiny"), Demand(), "cpu", TARGETS["cpu"], "cpu")
+    peaks = [make_plan(replace(situation, kv_cache=each), Choice("int4")).runs["cpu"].memory.peak
+             for each in (None, "fp16", "int8")]
+    whole = 4096 * 12 * 2 * 10 * 128 * 4
+    assert peaks[0] - peaks[1] == whole // 2 and peaks[1] > peaks[2]
+    demand, choice = Demand(prefill_chunk=128), Choice("int4-g128", *["int8"] * 3)
+    peak = make_plan(replace(situation, demand=demand), choice).runs["cpu"].memory.peak
+    # a target that lacks 100 MB
+    small = replace(TARGETS["cpu"], memory_gib=(peak - 100e6) / 2**30, usable_share=1.0)
+    tight = make_plan(replace(situation, target=small, demand=demand), choice)
+    assert any("--lowering cpu --kv-cache fp16" in change for change in tight.changes)
+
+
+def test_a_cache_that_the_lowering_does_not_have_is_refused(nano_bundle: Path) -> None:
+    situation = Situation(planned_model("tiny"), Demand(), "cpu", TARGETS["cpu"], kv_cache="fp16")
+    with pytest.raises(VL2Error, match="whose caches are fp32"):
+        make_plan(replace(situation, lowering="ort"))
+    with pytest.raises(VL2Error, match="has the KV cache `fp32`, and `fp16` was asked for"):
+        make_plan(replace(situation, model=planned_model(str(nano_bundle))))
+
+
 def test_the_estimates_are_the_measured_rates_where_they_come_from() -> None:
     """Full-size Tiny on one thread of the reference processor, docs/results.md; the plan adds the cache's bytes."""
     model, xeon = planned_model("tiny"), Target("", "host", 24, 20, 1, ("cpu",), "", cpu_gflops=120)

@@ -45,6 +45,9 @@ _OF_CALIBRATION = {name: f"--{name}" for name in ("samples", "tokens", "tolerate
 @click.option("--lowering", type=click.Choice(["ort", "cpu", "portable"]),
               help="ort: onnxruntime's own operators for packed weights, the default where there are any; cpu: vl2's "
                    "operator library, for CPUs; portable: standard ONNX.")
+@click.option("--kv-cache", type=click.Choice(["fp32", "fp16", "int8"]),
+              help="How keys and values (or latents) are kept while a bundle runs, fp32 without it; fp16 and int8 take "
+                   "less memory a token and need --lowering cpu. `vl2 compare` says what it costs.")
 @max_ram_option
 @click.option("--dry-run", is_flag=True, help="Print sizes by module, peak memory and time; write nothing.")
 @click.option("--no-verify", is_flag=True, help="Skip the parity run; the manifest says so.")
@@ -64,7 +67,8 @@ def command(checkpoint: str, out: Path | None, scheme: str | None, dry_run: bool
     export = workstation_half()
     source = export.resolve_source(checkpoint)
     options = export.ExportOptions(scheme=scheme if scheme in _PLAIN else None, verify=not values.pop("no_verify"),
-                                   force=values.pop("force"), lowering=values.pop("lowering"))
+                                   force=values.pop("force"), lowering=values.pop("lowering"),
+                                   kv_cache=values.pop("kv_cache"))
     if scheme is None or scheme in _PLAIN:
         plan, make = lambda: export.plan_export(source, options), lambda: _export(export, source, out, options)
     else:

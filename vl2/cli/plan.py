@@ -43,6 +43,7 @@ class ImageSize(click.ParamType):
 @click.option("--head", type=_OUTER, help="As of `vl2 export`.")
 @click.option("--embeddings", type=_OUTER, help="As of `vl2 export`.")
 @click.option("--lowering", type=click.Choice(["ort", "cpu", "portable"]), help="As of `vl2 export`.")
+@click.option("--kv-cache", type=click.Choice(["fp32", "fp16", "int8"]), help="As of `vl2 export`.")
 @click.option("--targets", "targets_file", type=click.Path(path_type=Path),
               help="A file of more targets, like vl2/planning/targets.json.")
 @click.option("--list-targets", is_flag=True, help="Print the targets and where their figures are from.")
@@ -81,7 +82,8 @@ def _plan(model: str, targets: Any, choices: dict[str, Any]) -> Any:
     target = local_target(name) if name in LOCAL else target_named(name, targets)
     demand = Demand(choices["sizes"] * choices["images"], choices["text_tokens"], choices["context"],
                     choices["max_tiles"], choices["prefill_chunk"])
-    return make_plan(Situation(planned, demand, name, target, choices["lowering"]), _choice(choices))
+    return make_plan(Situation(planned, demand, name, target, choices["lowering"], choices["kv_cache"]),
+                     _choice(choices))
 
 
 def _choice(choices: dict[str, Any]) -> Any:

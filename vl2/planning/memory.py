@@ -17,6 +17,8 @@ TOKENIZER_BYTES_PER_ENTRY = 330
 # Not measured here: CUDA's context, kernels and workspaces; where memory is shared their host side too.
 CUDA_BYTES = 600 << 20
 _CUDA_SHARED_BYTES = 1000 << 20
+# Bytes of an element of the cache, by the name that `vl2 export --kv-cache` has for it.
+KV_CACHES = {"fp32": 4, "fp16": 2, "int8": 1}
 # Patches that one run of the vision graph takes (`vl2.runtime.image_features`).
 _PATCHES_PER_RUN = 1024
 # onnxruntime's arena grows by doubled regions and gives none back: 1.4 to 1.6 times what is live, measured.
@@ -55,14 +57,21 @@ def run_memory(model: PlannedModel, storage: Storage, size: PromptSize, backend:
     process = PROCESS_BYTES + TOKENIZER_BYTES_PER_ENTRY * language.vocab_size
     if backend != "cpu":
         process = process + _CUDA_SHARED_BYTES if shared else CUDA_BYTES
-    cache = size.context * cache_bytes(language, element)
+    cache = size.context * cache_bytes(language, cache_element(storage, backend))
     return RunMemory(process, weights, cache, int(_ARENA_SHARE * live) + widened)
 
 
+def cache_element(storage: Storage, backend: str) -> int:
+    """Bytes of an element of the cache; engines hold float16."""
+    return 2 if backend == "engine" else KV_CACHES[storage.kv_cache]
+
+
 def cache_bytes(config: LanguageConfig, element: int = _FLOAT) -> int:
-    """Of one position in all layers: keys and values, or the latent and the rotated key."""
-    width = config.kv_lora_rank + config.qk_rope_head_dim if config.use_mla else 2 * config.kv_heads * config.head_dim
-    return config.num_hidden_layers * width * element
+    """Of one position in all layers: keys and values, or the latent and the rotated key; of INT8 (element 1) with the
+    float32 scale of each of these rows."""
+    rows = 2 if config.use_mla else 2 * config.kv_heads
+    width = config.kv_lora_rank + config.qk_rope_head_dim if config.use_mla else rows * config.head_dim
+    return config.num_hidden_layers * (width * element + (rows * _FLOAT if element == 1 else 0))
 
 
 def _decoder_bytes(config: LanguageConfig, lowering: str, size: PromptSize, element: int) -> int:

@@ -83,8 +83,15 @@ def _of_bundle(name: str, config: ModelConfig, manifest: Manifest) -> PlannedMod
     read = {module: size * counted[module][0] / counted[module][1] for module, size in modules.items()
             if module in counted and counted[module][0]}
     storage = Storage(modules, read, 4 if manifest.scheme == "fp32" else 2, manifest.quantization is not None,
-                      manifest.lowering, _widened(config, manifest))
+                      manifest.lowering, _widened(config, manifest), _kv_cache(manifest))
     return PlannedModel(name, config, tensors, storage, manifest.scheme)
+
+
+def _kv_cache(manifest: Manifest) -> str:
+    """By the element type of the decoder's first cache."""
+    decoder = manifest.graphs["decoder"]
+    dtypes = {port.name: port.dtype for port in decoder.inputs}
+    return {"float32": "fp32", "float16": "fp16", "int8": "int8"}[dtypes[decoder.cache[0].past]]
 
 
 def _widened(config: ModelConfig, manifest: Manifest) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from vl2.errors import VL2Error
 from vl2.planning.demand import Demand, PromptSize, prompt_size
-from vl2.planning.memory import RunMemory, cache_bytes, run_memory
+from vl2.planning.memory import KV_CACHES, RunMemory, cache_bytes, run_memory
 from vl2.planning.models import NAMES, PlannedModel, planned_model
 from vl2.planning.schemes import (
     CPU,
@@ -38,13 +38,14 @@ _SHORTEST_ANSWER = 64
 
 @dataclass(frozen=True)
 class Situation:
-    """What a plan is made for; lowering: as of `vl2 export`, None as it chooses."""
+    """What a plan is made for; lowering, kv_cache: as of `vl2 export`, None as it chooses."""
 
     model: PlannedModel
     demand: Demand
     target_name: str
     target: Target
     lowering: str | None = None
+    kv_cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Plan:
             "demand": asdict(self.situation.demand), "prompt": asdict(self.prompt),
             "bundle_bytes": self.storage.total_bytes, "modules": self.storage.modules,
             "read_bytes_per_token": {name: int(size) for name, size in self.storage.read.items()},
-            "cache_bytes_per_token": cache_bytes(language), "fits": self.fits,
+            "kv_cache": self.storage.kv_cache,
+            "cache_bytes_per_token": cache_bytes(language, KV_CACHES[self.storage.kv_cache]), "fits": self.fits,
             "runs": {name: {"fits": run.fits, "memory": run.memory.to_dict(), "speed": asdict(run.speed)}
                      for name, run in self.runs.items()},
             "workstation": asdict(self.workstation),
@@ -133,11 +135,25 @@ def _stored_already(situation: Situation, choice: Choice | None) -> Storage | No
         raise VL2Error(f"`{model.name}` is stored already ({model.scheme}), and {choice.options} was asked for",
                        "leave the scheme out, or plan for the checkpoint that it was made from")
     if lowering in (None, model.storage.lowering):
-        return model.storage
+        return _with_cache(model.storage, situation)
     if model.config.quantization_config is None:
         raise VL2Error(f"`{model.name}` has the lowering `{model.storage.lowering}`, and `{lowering}` was asked for",
                        "leave it out, or plan for the checkpoint that the bundle was made from")
-    return storage_of(model.tensors, form_of_checkpoint(model.config), 2, lowering)
+    return _with_cache(storage_of(model.tensors, form_of_checkpoint(model.config), 2, lowering), situation)
+
+
+def _with_cache(storage: Storage, situation: Situation) -> Storage:
+    """The storage with the cache that was asked for; a bundle has the one that it was exported with."""
+    kv_cache, model = situation.kv_cache, situation.model
+    if kv_cache in (None, storage.kv_cache):
+        return storage
+    if model.storage is not None and model.config.quantization_config is None:
+        raise VL2Error(f"`{model.name}` has the KV cache `{storage.kv_cache}`, and `{kv_cache}` was asked for",
+                       "leave it out, or plan for the checkpoint that the bundle was made from")
+    if storage.lowering != CPU:
+        raise VL2Error(f"the KV cache `{kv_cache}` was asked for with the lowering `{storage.lowering}`, "
+                       "whose caches are fp32", "give --lowering cpu as well, or leave --kv-cache out")
+    return replace(storage, kv_cache=kv_cache)
 
 
 def _takes(choice: Choice, lowering: str) -> bool:
@@ -147,8 +163,8 @@ def _takes(choice: Choice, lowering: str) -> bool:
 
 def _stored(situation: Situation, choice: Choice) -> Storage:
     model = situation.model
-    return storage_of(model.tensors, form_of_choice(choice, model.config), 4 if choice.scheme == "fp32" else 2,
-                      situation.lowering)
+    return _with_cache(storage_of(model.tensors, form_of_choice(choice, model.config),
+                                  4 if choice.scheme == "fp32" else 2, situation.lowering), situation)
 
 
 def _run(situation: Situation, storage: Storage, backend: str) -> Run:
@@ -163,7 +179,7 @@ def _changes(plan: Plan) -> list[str]:
     """Single changes that each make it fit; where none does, the strongest of all together."""
     if not plan.prompt.fits:
         return _shorter_prompts(plan)
-    found = [change for find in (_other_scheme, _smaller_chunk, _shorter_context, _smaller_variant)
+    found = [change for find in (_other_scheme, _narrower_cache, _smaller_chunk, _shorter_context, _smaller_variant)
              if (change := find(plan)) is not None]
     return found or ["nothing that vl2 offers makes it fit: take a target with more memory"]
 
@@ -171,6 +187,18 @@ def _changes(plan: Plan) -> list[str]:
 def _other_scheme(plan: Plan) -> str | None:
     options = next((name for name, row in plan.schemes.items() if row[3]), None)
     return None if options is None else f"{options}: peak {plan.schemes[options][1] / 1e9:.2f} GB"
+
+
+def _narrower_cache(plan: Plan) -> str | None:
+    situation = plan.situation
+    if situation.model.storage is not None or situation.kv_cache is not None or "cpu" not in plan.runs:
+        return None
+    for kv_cache in ("fp16", "int8"):
+        other = make_plan(replace(situation, lowering=CPU, kv_cache=kv_cache))
+        if other.runs["cpu"].fits:
+            return (f"{other.options} --lowering cpu --kv-cache {kv_cache}: peak "
+                    f"{other.runs['cpu'].memory.peak / 1e9:.2f} GB on the CPU")
+    return None
 
 
 def _smaller_chunk(plan: Plan) -> str | None:

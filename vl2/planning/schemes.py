@@ -145,6 +145,7 @@ class Storage:
 
     float_bytes: of a number that is not quantized; widened_bytes: of the largest float matrix of the decoder once
     float32, where it is stored narrower and widened at its use.
+    kv_cache: how backends of onnxruntime hold it, as `vl2 export` names it.
     """
 
     modules: dict[str, int]
@@ -153,6 +154,7 @@ class Storage:
     quantized: bool
     lowering: str
     widened_bytes: int = 0
+    kv_cache: str = "fp32"
 
     @property
     def total_bytes(self) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vl2.config import ModelConfig
 from vl2.planning.demand import PromptSize
-from vl2.planning.memory import cache_bytes
+from vl2.planning.memory import cache_bytes, cache_element
 from vl2.planning.models import PlannedModel
 from vl2.planning.schemes import Storage
 from vl2.planning.targets import Target
@@ -37,8 +37,8 @@ class Speed:
 
 def estimate_speed(model: PlannedModel, storage: Storage, size: PromptSize, target: Target, backend: str) -> Speed:
     """On one backend of the target."""
-    element = 2 if backend == "engine" else 4
-    cache = (size.prompt_tokens + size.context) // 2 * cache_bytes(model.config.language_config, element)
+    position = cache_bytes(model.config.language_config, cache_element(storage, backend))
+    cache = (size.prompt_tokens + size.context) // 2 * position
     bandwidth, read = target.bandwidth_gb_s * 1e9, storage.read_bytes + cache
     if backend == "cpu":
         rate, shares = target.cpu_gflops * 1e9, (CPU_MATRIX_SHARE, CPU_VISION_SHARE)
