@@ -212,8 +212,9 @@ def train(plan: Plan, out: Path, resources: Resources = Resources()) -> Trainer:
         trainer.resume()
     if resources.helper:
         trainer.start_helper()
-    batches = batch_stream(TRAINING_SEED, functools.partial(schedule, plan), trainer.step, resources.workers)
-    dense = batch_stream(TRAINING_SEED + "-dense", dense_schedule, trainer.step, 1)
+    pages_of = f"{TRAINING_SEED}-{plan.seed}"
+    batches = batch_stream(pages_of, functools.partial(schedule, plan), trainer.step, resources.workers)
+    dense = batch_stream(pages_of + "-dense", dense_schedule, trainer.step, 1)
     last_save = last = time.monotonic()
     since, pages = last, trainer.pages
     ended: list[int] = []
