@@ -13,7 +13,6 @@ const newConversation = () => ({
 let conversation = newConversation();
 let pending = []; // images of the next question
 let running = null; // the AbortController of the answer that comes in
-let limits = {}; // of the server, as far as /health tells them
 
 function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -41,12 +40,44 @@ function complain(text) {
 
 // --- images of the next question
 
-function addImages(files) {
+async function addImages(files) {
   const images = [...files].filter((file) => file.type.startsWith("image/"));
   if (files.length && !images.length) complain(`${files[0].name || "what was given"} is not an image`);
   else if (images.length) complain("");
-  for (const file of images) pending.push({ file, name: file.name || "pasted image", url: URL.createObjectURL(file) });
+  for (const file of await Promise.all(images.map(upright))) {
+    pending.push({ file, name: file.name || "pasted image", url: URL.createObjectURL(file) });
+  }
   showTray();
+}
+
+/** The file, or where its camera was not held upright a turned copy: the model sees pixels only, not how to hold them. */
+async function upright(file) {
+  try {
+    if (orientation(new DataView(await file.slice(0, 1 << 17).arrayBuffer())) === 1) return file;
+    const turned = await createImageBitmap(file, { imageOrientation: "from-image" });
+    const canvas = element("canvas", { width: turned.width, height: turned.height });
+    canvas.getContext("2d").drawImage(turned, 0, 0);
+    const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.95));
+    if (!blob) return file; // larger than this browser can draw
+    say(`${file.name} was turned upright, as its camera says.`);
+    return new File([blob], file.name, { type: "image/jpeg" });
+  } catch {
+    return file; // as it is; the server says what is wrong with it, if anything is
+  }
+}
+
+/** The orientation, 1 to 8, in the Exif data of a JPEG's beginning; 1 where there is none. */
+function orientation(view) {
+  if (view.getUint16(0) !== 0xffd8) return 1;
+  for (let at = 2; at + 10 < view.byteLength && view.getUint8(at) === 0xff; at += 2 + view.getUint16(at + 2)) {
+    if (view.getUint16(at) !== 0xffe1 || view.getUint32(at + 4) !== 0x45786966) continue;
+    const tiff = at + 10, little = view.getUint16(tiff) === 0x4949, table = tiff + view.getUint32(tiff + 4, little);
+    for (let entry = 0; entry < view.getUint16(table, little); entry++) {
+      const field = table + 2 + 12 * entry;
+      if (view.getUint16(field, little) === 0x0112) return view.getUint16(field + 8, little);
+    }
+  }
+  return 1;
 }
 
 function showTray() {
@@ -88,7 +119,6 @@ async function greet() {
   try {
     const health = await (await fetch("/health")).json();
     $("model").textContent = [health.model, health.backend].filter(Boolean).join(" · ");
-    limits = health.limits ?? {};
     const models = await fetch("/v1/models", { headers: headers() });
     wantToken(models.status === 401);
     if (models.status === 401 && sessionStorage.getItem(TOKEN)) complain("the server does not know this token");
@@ -127,7 +157,6 @@ async function* events(response) {
 }
 
 async function post(body, signal) {
-  if (limits.body_bytes && body.size > limits.body_bytes) throw tooLarge(body.size, limits.body_bytes);
   let response;
   try {
     const sent = { ...headers(), "Content-Type": "application/json" };
@@ -135,15 +164,14 @@ async function post(body, signal) {
   } catch (error) {
     if (error.name === "AbortError") throw error;
     // A server that refuses a large body may close the connection before all of it was sent.
-    throw body.size > 1e6 ? tooLarge(body.size) : new Error("the server cannot be reached");
+    throw body.size > 1e6 ? tooLarge(body.size, "the connection broke while it was sent") : new Error("the server cannot be reached");
   }
-  if (response.status === 413) throw tooLarge(body.size, null, (await refusal(response)).message);
+  if (response.status === 413) throw tooLarge(body.size, (await refusal(response)).message);
   if (!response.ok) throw await refusal(response);
   return response;
 }
 
-function tooLarge(size, limit, words) {
-  const reason = words ?? (limit ? `the server takes ${megabytes(limit)}` : "the connection broke while it was sent");
+function tooLarge(size, reason) {
   return new Error(`the conversation with its images is ${megabytes(size)} large: ${reason}. ` +
     "Give a smaller image, or begin a new chat.");
 }

@@ -203,6 +203,23 @@ def test_pasted_and_dropped_images_wait_with_those_picked_and_can_be_taken_away(
     assert names.count() == 1
 
 
+@pytest.mark.parametrize("orientation, corner", [(1, (0, 0)), (3, (39, 19)), (6, (19, 0)), (8, (0, 39))])
+def test_a_photo_is_sent_upright_whichever_way_the_camera_was_held(browser, served, tmp_path, orientation, corner):
+    photo, exif = Image.new("RGB", (40, 20), "white"), Image.Exif()
+    photo.paste("black", (0, 0, 8, 8))
+    exif[0x0112] = orientation
+    photo.save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    page = opened(browser, served.url)
+    page.get_by_label("Images", exact=True).set_input_files(tmp_path / "photo.jpg")
+    page.get_by_role("img", name="photo.jpg").wait_for()
+    ask(page, "What is it?")
+    finished(page)
+    (sent,) = served.model.asked[0][0].images
+    assert sent.size == ((40, 20) if orientation < 5 else (20, 40))
+    opposite = (sent.width - 1 - corner[0], sent.height - 1 - corner[1])
+    assert sum(sent.getpixel(corner)) < 150 and sum(sent.getpixel(opposite)) > 600
+
+
 def test_an_error_is_readable_and_nothing_typed_or_picked_is_lost(browser, served, picture):
     page = opened(browser, served.url)
     page.get_by_label("Images", exact=True).set_input_files(picture)
