@@ -12,6 +12,7 @@ from vl2.prompt import Processor
 from vl2.runtime.embeddings import Embeddings
 from vl2.runtime.engine import Engine
 from vl2.runtime.image_cache import ImageCache
+from vl2.runtime.image_store import ImageStore
 from vl2.runtime.memory import require_memory
 from vl2.runtime.model import Model
 from vl2.runtime.options import BundleOptions
@@ -38,7 +39,8 @@ def open_bundle(path: str | os.PathLike, options: BundleOptions | None = None) -
     check_processor(manifest, processor, folder)
     # Only now: the files describe the original's rule.
     processor = replace(processor, geometry=processor.geometry.with_max_tiles(options.max_tiles))
-    backend, images = OrtBackend(folder, manifest, options), ImageCache(options.image_cache_bytes)
+    store = None if options.cache_dir is None else ImageStore(Path(options.cache_dir), options.cache_dir_bytes)
+    backend, images = OrtBackend(folder, manifest, options), ImageCache(options.image_cache_bytes, store)
     return Model(Engine(manifest, processor, Embeddings(folder, manifest), backend, images), options.kv_cache_bytes)
 
 

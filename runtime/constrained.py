@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from vl2.errors import VL2Error
+from vl2.runtime.box_order import BoxOrder
 from vl2.runtime.constraints import Constraint
+from vl2.runtime.detokenize import TokenBytes
 
-_INSTALL = "pip install 'vl2-edge[constrained]'"
+log = logging.getLogger("vl2.runtime")
+
 # Marks are single tokens; text and labels that only spell them out would be read as marks all the same.
 _BOXES = r"""
 start: TEXT? (grounded TEXT?)*
@@ -21,6 +25,14 @@ NUMBER: /0|[1-9][0-9]{0,2}/
 TEXT: /(?s:.+)/ & ~/(?s:.*)<\|\/?(ref|det)\|>(?s:.*)/
 LABEL: /.+/ & ~/.*<\|\/?(ref|det)\|>.*/
 """
+# One line, as json.dumps writes it: a weak model may fill an answer with free white space.
+_JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_HINTS = {
+    "regex": "see https://docs.rs/regex for the syntax: no look-around and no back-references",
+    "json_schema": 'give a JSON schema, such as {"type": "object", "properties": {"total": {"type": "number"}}}',
+    "json_object": None,
+    "boxes": "is this the tokenizer of a DeepSeek-VL2 model?",
+}
 
 
 def grammar_tokenizer(tokenizer: Tokenizer, vocab_size: int, eos_id: int) -> Any:
@@ -31,7 +43,8 @@ def grammar_tokenizer(tokenizer: Tokenizer, vocab_size: int, eos_id: int) -> Any
     try:
         from llguidance import LLTokenizer
     except ImportError as error:
-        raise VL2Error(f"constrained answers need the package llguidance: {error}", _INSTALL) from error
+        raise VL2Error(f"answers with a constraint need the package llguidance: {error}",
+                       "pip install 'vl2-edge[constrained]'") from error
     return LLTokenizer(tokenizer.to_str(), n_vocab=vocab_size, eos_token=eos_id)
 
 
@@ -41,39 +54,37 @@ class Matcher:
     Raises VL2Error for a regular expression or schema that llguidance cannot read.
     """
 
-    def __init__(self, constraint: Constraint, tokenizer: Any):
+    def __init__(self, constraint: Constraint, tokenizer: Any, token_bytes: TokenBytes):
         from llguidance import LLMatcher
 
-        grammar = _grammar(constraint)
-        failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
-        if failed:
-            raise VL2Error(f"the {constraint.kind} of the constraint cannot be used: {messages[0]}",
-                           _HINTS[constraint.kind])
-        self._matcher = LLMatcher(tokenizer, grammar, log_level=0)
+        self._matcher = LLMatcher(tokenizer, _grammar(constraint), log_level=0)
+        if self._matcher.is_error():
+            reason = self._matcher.get_error().strip()
+            raise VL2Error(f"the {constraint.kind} of the constraint cannot be used: {reason}", _HINTS[constraint.kind])
+        for warning in self._matcher.get_grammar_warnings():
+            log.warning("constraint: %s", warning)
+        self._order = BoxOrder(token_bytes) if constraint.kind == "boxes" else None
 
     def allowed(self) -> np.ndarray:
         """bool [V]: the tokens that may come next; the end token where the answer may end."""
         mask = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8) != 0
         self._check()
+        if self._order is not None:
+            self._order.narrow(mask)
         return mask
 
     def push(self, token: int) -> bool:
-        """Takes the next token; True when the answer cannot go on after it."""
+        """Takes the next token; True when nothing can follow it but the end."""
         self._matcher.consume_token(token)
         self._check()
+        if self._order is not None:
+            self._order.push(token)
         return self._matcher.is_stopped()
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise VL2Error(f"the constraint cannot be followed any further: {self._matcher.get_error()}",
+            raise VL2Error(f"the constraint cannot be followed any further: {self._matcher.get_error().strip()}",
                            "make the regular expression or schema simpler")
-
-
-_HINTS = {
-    "regex": "see https://docs.rs/regex for the syntax: no look-around and no back-references",
-    "json_schema": 'give a JSON schema, such as {"type": "object", "properties": {"total": {"type": "number"}}}',
-    "json_object": None, "boxes": "is this the tokenizer of a DeepSeek-VL2 model?",
-}
 
 
 def _grammar(constraint: Constraint) -> str:
@@ -85,7 +96,6 @@ def _grammar(constraint: Constraint) -> str:
         return LLMatcher.grammar_from_lark(_BOXES)
     schema = constraint.text if constraint.kind == "json_schema" else '{"type": "object"}'
     try:
-        json.loads(schema)
-        return LLMatcher.grammar_from_json_schema(schema)
-    except ValueError as error:
-        raise VL2Error(f"the JSON schema of the constraint is no JSON: {error}", _HINTS["json_schema"]) from error
+        return LLMatcher.grammar_from_json_schema(json.loads(schema), overrides=_JSON_FORM)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise VL2Error(f"the JSON schema of the constraint cannot be read: {error}", _HINTS["json_schema"]) from error

@@ -65,9 +65,24 @@ class Context:
         self.turn = 0
 
     @property
-    def size_bytes(self) -> int:
-        """Memory of the cache."""
-        return self._cache.size_bytes
+    def length(self) -> int:
+        """How many positions are held."""
+        return self._cache.length
+
+    @property
+    def used_bytes(self) -> int:
+        """Memory of the cache, as far as it was ever written."""
+        return self._cache.used_bytes
+
+    def bytes_for(self, length: int) -> int:
+        """Memory of `length` positions."""
+        return length * self._cache.position_bytes
+
+    def copy_prefix(self, other: Context, length: int, room: int) -> None:
+        """Takes over the first `length` positions of another context, with room for `room` in all."""
+        self._cache.reserve(room)
+        self._cache.copy_prefix(other._cache, length)
+        self._contents = other._contents[:length]
 
     def common_length(self, contents: np.ndarray) -> int:
         """How many positions of `contents` int64 [T] are here: all before the first that differs, at most T - 1."""

@@ -33,8 +33,8 @@ class Generation:
         self._engine, self._layout, self._options = engine, layout, options
         self._limit = min(options.max_new_tokens, _room_for_answer(engine, layout))
         self._sampler = Sampler(options, layout.input_ids, engine.manifest.language.vocab_size)
-        constraint = options.constraint
-        self._matcher = None if constraint is None else Matcher(constraint, engine.grammar_tokenizer)
+        self._matcher = None if options.constraint is None else Matcher(
+            options.constraint, engine.grammar_tokenizer, engine.token_bytes)
         self._guard = RepetitionGuard() if options.repetition_guard and not options.ignore_eos else None
         self._stream = TextStream(engine.token_bytes, options.stop)
         self._loop: str | None = None

@@ -1,4 +1,4 @@
-"""Vectors of images that were encoded before, by what they were made from."""
+"""Vectors of images that were encoded before, by what they were made from: in memory, and on disk if wanted."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections import OrderedDict
 
 import numpy as np
 
+from vl2.runtime.image_store import ImageStore
+
 
 class ImageCache:
-    """Arrays by key, in memory: at most `memory_bytes`, those used longest ago go first."""
+    """Arrays by key, at most `memory_bytes` in memory, where those used longest ago go first; `store` keeps more."""
 
-    def __init__(self, memory_bytes: int):
-        self._memory_bytes = memory_bytes
+    def __init__(self, memory_bytes: int, store: ImageStore | None = None):
+        self._memory_bytes, self._store = memory_bytes, store
         self._held: OrderedDict[bytes, np.ndarray] = OrderedDict()
 
     @property
@@ -21,13 +23,21 @@ class ImageCache:
 
     def get(self, key: bytes) -> np.ndarray | None:
         """float32 [tokens, H], read-only; None where it is not there."""
-        if key not in self._held:
-            return None
-        self._held.move_to_end(key)
-        return self._held[key]
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key]
+        vectors = None if self._store is None else self._store.get(key)
+        if vectors is not None:
+            self._hold(key, vectors)
+        return vectors
 
     def put(self, key: bytes, vectors: np.ndarray) -> None:
         """Keeps float32 [tokens, H], which the caller does not change any more."""
+        self._hold(key, vectors)
+        if self._store is not None:
+            self._store.put(key, vectors)
+
+    def _hold(self, key: bytes, vectors: np.ndarray) -> None:
         if vectors.nbytes > self._memory_bytes:
             return
         vectors.flags.writeable = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -23,13 +24,20 @@ class KVCache:
         self._entries = {pair.past: (tuple(ports[pair.past].shape[2:]), np.dtype(ports[pair.past].dtype))
                          for pair in graph.cache}
         self._buffers = {name: np.empty((1, 0, *shape), dtype) for name, (shape, dtype) in self._entries.items()}
+        self.position_bytes = sum(buffer.itemsize * math.prod(buffer.shape[2:]) for buffer in self._buffers.values())
         self.capacity = 0
         self.length = 0
+        self._touched = 0
 
     @property
     def size_bytes(self) -> int:
         """Memory of the buffers."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    @property
+    def used_bytes(self) -> int:
+        """What of the buffers was ever written: the system gives memory to pages when they are."""
+        return self._touched * self.position_bytes
 
     def reserve(self, length: int) -> None:
         """Makes room for `length` positions, at least doubling what there is."""
@@ -40,7 +48,16 @@ class KVCache:
             grown = np.empty((1, capacity, *shape), dtype)
             grown[:, :self.length] = self._buffers[name][:, :self.length]
             self._buffers[name] = grown
-        self.capacity = capacity
+        self.capacity, self._touched = capacity, self.length
+
+    def copy_prefix(self, other: KVCache, length: int) -> None:
+        """Takes the first `length` positions of `other`, a cache of the same graph, in place of its own."""
+        assert length <= other.length, "only what is there can be copied"
+        self.length = 0
+        self.reserve(length)
+        for name, buffer in self._buffers.items():
+            buffer[:, :length] = other._buffers[name][:, :length]
+        self.append(length)
 
     def past(self) -> Mapping[str, np.ndarray]:
         """Views [1, length, ...] of what is there, by input port; whole buffers where the graph writes into them."""
@@ -58,6 +75,7 @@ class KVCache:
         """Counts `tokens` positions that were written into `room`."""
         assert self.length + tokens <= self.capacity, "more positions than there is room for"
         self.length += tokens
+        self._touched = max(self._touched, self.length)
 
     def truncate(self, length: int) -> None:
         """Forgets all positions from `length` on."""

@@ -35,7 +35,7 @@ class BundleOptions:
     kv_cache_bytes: int = 512 << 20
     image_cache_bytes: int = 64 << 20
     cache_dir: str | os.PathLike | None = None
-    cache_dir_bytes: int = 2 << 30
+    cache_dir_bytes: int = 1 << 30
 
     def __post_init__(self):
         _expect(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")

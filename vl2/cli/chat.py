@@ -9,13 +9,14 @@ import click
 
 from vl2.cli.options import (
     bundle_options,
+    cache_options,
     debug_option,
     generation_options,
     max_tiles_option,
     open_as_asked,
     to_generation_options,
 )
-from vl2.cli.run import answer_streamed, report_boxes
+from vl2.cli.run import answer_streamed, report_warnings
 from vl2.errors import VL2Error
 
 _HELP = "/image FILE adds an image to the next question, /reset forgets the conversation, /quit ends it."
@@ -27,6 +28,7 @@ _HELP = "/image FILE adds an image to the next question, /reset forgets the conv
               help="An image for the first question.")
 @generation_options
 @max_tiles_option
+@cache_options
 @bundle_options
 @debug_option
 def command(bundle: Path, images: tuple[Path, ...], **choices: Any) -> None:
@@ -34,9 +36,10 @@ def command(bundle: Path, images: tuple[Path, ...], **choices: Any) -> None:
 
     The cache is kept between turns, so only what is new is computed.
     """
+    options = to_generation_options(choices)
     model = open_as_asked(bundle, choices)
     click.echo(_HELP, err=True)
-    converse(model, list(images), to_generation_options(choices))
+    converse(model, list(images), options)
 
 
 def converse(model: Any, pending: list[Path], options: Any) -> None:
@@ -49,7 +52,7 @@ def converse(model: Any, pending: list[Path], options: Any) -> None:
                     return
                 chat, pending = (model.chat(), []) if changed == "reset" else (chat, pending)
             elif line:
-                report_boxes(answer_streamed(chat, line, tuple(pending), options, echo=True))
+                report_warnings(answer_streamed(chat, line, tuple(pending), options, echo=True))
                 pending = []
         except VL2Error as error:
             click.echo(f"error: {error}", err=True)

@@ -18,7 +18,7 @@ QUESTION = "What is the total?"
 @debug_option
 def command(out: Path, image: Path | None, prompt: str) -> None:
     """Export vl2-nano, ask it about an image, print where the bundle is."""
-    from vl2.cli.run import answer_streamed, report_boxes
+    from vl2.cli.run import answer_streamed, report_warnings
     from vl2.runtime import GenerationOptions, open_bundle
 
     shipped = Path(str(resources.files("vl2.nano")))
@@ -26,7 +26,7 @@ def command(out: Path, image: Path | None, prompt: str) -> None:
     if not (out / "manifest.json").exists():
         _export(shipped / "checkpoint", out)
     click.echo(f"image: {image}\nquestion: {prompt}", err=True)
-    report_boxes(answer_streamed(open_bundle(out), prompt, (image,), GenerationOptions(), echo=True))
+    report_warnings(answer_streamed(open_bundle(out), prompt, (image,), GenerationOptions(), echo=True))
     click.echo(f"bundle: {out.resolve()}")
 
 

@@ -2,10 +2,13 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
+
+from vl2.errors import VL2Error
 
 
 def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -28,7 +31,19 @@ _GENERATION = (
                  help="Over prompt and answer, as the original does; its inference.py uses 1.1."),
     click.option("--stop", multiple=True, help="Stop before this string; may be given several times."),
     click.option("--seed", type=click.IntRange(min=0), help="Makes sampling repeatable."),
-    click.option("--ignore-eos", is_flag=True, help="Go on after the end token, for measurements."),
+    click.option("--frequency-penalty", type=float, default=0.0, show_default=True,
+                 help="Taken from a token's logit for each time it is in the answer."),
+    click.option("--presence-penalty", type=float, default=0.0, show_default=True,
+                 help="Taken from a token's logit once it is in the answer."),
+    click.option("--ignore-eos", is_flag=True, help="Go on after the end token, for measurements; the repetition guard "
+                 "is then off."),
+    click.option("--no-repetition-guard", is_flag=True, help="Let an answer go on that repeats one block of tokens 6 "
+                 "times in a row, over 256 tokens or more."),
+    click.option("--boxes", is_flag=True, help="Let the answer hold boxes in their right form only: "
+                 "<|ref|>label<|/ref|><|det|>[[x1, y1, x2, y2], …]<|/det|>."),
+    click.option("--regex", metavar="PATTERN", help="The whole answer matches this regular expression."),
+    click.option("--json-schema", type=click.Path(path_type=Path), metavar="FILE",
+                 help="The answer is JSON of the schema in this file, on one line."),
     click.option("--prefill-chunk", type=click.IntRange(min=1), default=512, show_default=True,
                  help="Prompt tokens a prefill step takes; less needs less memory."),
 )
@@ -70,17 +85,38 @@ def open_as_asked(bundle: Path, values: dict[str, Any]) -> Any:
     hashes, memory = not values.pop("no_hash_check"), not values.pop("no_memory_check")
     with ByteProgress() as progress:
         options = BundleOptions(device=values.pop("device"), threads=values.pop("threads"), check_hashes=hashes,
-                                check_memory=memory, progress=progress, max_tiles=values.pop("max_tiles", None))
+                                check_memory=memory, progress=progress, max_tiles=values.pop("max_tiles", None),
+                                **_cache_sizes(values))
         model = open_bundle(bundle, options)
     click.echo(f"backend: {model.backend}", err=True)
     return model
 
 
 def to_generation_options(values: dict[str, Any]) -> Any:
-    """GenerationOptions of the runtime from the keyword arguments of `generation_options`."""
+    """GenerationOptions of the runtime; takes the keyword arguments of `generation_options` out of `values`."""
     from vl2.runtime import GenerationOptions
 
-    return GenerationOptions(**{**values, "stop": tuple(values["stop"])})
+    guard, constraint = not values.pop("no_repetition_guard"), _constraint(values)
+    given = {field.name: values.pop(field.name) for field in fields(GenerationOptions) if field.name in values}
+    return GenerationOptions(**{**given, "stop": tuple(given["stop"])}, repetition_guard=guard, constraint=constraint)
+
+
+def _constraint(values: dict[str, Any]) -> Any:
+    """The Constraint of the runtime, None without one; takes its options out of `values`."""
+    from vl2.runtime import Constraint
+
+    boxes, regex, schema = values.pop("boxes"), values.pop("regex"), values.pop("json_schema")
+    if boxes + (regex is not None) + (schema is not None) > 1:
+        raise click.UsageError("Give one of --boxes, --regex and --json-schema.")
+    if schema is not None:
+        try:
+            return Constraint("json_schema", schema.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise VL2Error(f"the schema `{schema}` cannot be read: {error}",
+                           "give a file with a JSON schema") from error
+    if regex is not None:
+        return Constraint("regex", regex)
+    return Constraint("boxes") if boxes else None
 
 
 class ByteSize(click.ParamType):
@@ -131,6 +167,27 @@ class SchemeName(click.ParamType):
         if value not in self.names and not str(value).endswith(".json"):
             self.fail(f"{value!r} is not one of {', '.join(self.names)}, nor a recipe file (.json)", param, ctx)
         return value
+
+
+_CACHE = (
+    click.option("--cache", type=click.Path(path_type=Path), metavar="DIR",
+                 help="Keep encoded images in this folder: the next question about one, from this or another process, "
+                 "does not run the vision tower."),
+    click.option("--cache-size", type=ByteSize(), metavar="SIZE", default="1GiB", show_default=True,
+                 help="Of the files in --cache; images used longest ago go first."),
+)
+
+
+def cache_options(command: Callable) -> Callable:
+    """Adds the cache of encoded images to a verb; `open_as_asked` takes its options out of the keyword arguments."""
+    return _with_options(command, _CACHE)
+
+
+def _cache_sizes(values: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of BundleOptions, where the verb has the options; takes them out of `values`."""
+    names = {"cache": "cache_dir", "cache_size": "cache_dir_bytes", "kv_cache": "kv_cache_bytes"}
+    found = {field: values.pop(option, None) for option, field in names.items()}
+    return {field: value for field, value in found.items() if value is not None}
 
 
 _SAMPLING = (

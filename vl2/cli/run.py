@@ -8,6 +8,7 @@ import click
 
 from vl2.cli.options import (
     bundle_options,
+    cache_options,
     debug_option,
     generation_options,
     json_option,
@@ -24,8 +25,11 @@ from vl2.errors import VL2Error
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path),
               help="An image file; may be given several times.")
 @click.option("--draw", type=click.Path(path_type=Path), help="Write the last image with the answer's boxes here.")
+@click.option("--top-logprobs", type=click.IntRange(min=0), help="With --json: the logarithm of each token's "
+              "probability, and of so many likeliest tokens at its place.")
 @generation_options
 @max_tiles_option
+@cache_options
 @bundle_options
 @json_option
 @debug_option
@@ -34,12 +38,12 @@ def command(bundle: Path, prompt: str, images: tuple[Path, ...], draw: Path | No
     """Answer one question about images from BUNDLE."""
     if draw is not None and not images:
         raise click.UsageError("--draw needs an --image to draw on.")
-    model = open_as_asked(bundle, choices)
     options = to_generation_options(choices)
+    model = open_as_asked(bundle, choices)
     answer = answer_streamed(model, prompt, images, options, echo=not as_json)
     if as_json:
         click.echo(json.dumps(answer.to_dict(), ensure_ascii=False))
-    report_boxes(answer)
+    report_warnings(answer)
     if draw is not None:
         draw_boxes(answer, images, draw)
 
@@ -55,10 +59,12 @@ def answer_streamed(asker: Any, prompt: str, images: tuple[Path, ...], options: 
     return stream.answer
 
 
-def report_boxes(answer: Any) -> None:
-    """Says on stderr what of the grounding output could not be read; nothing is dropped in silence."""
+def report_warnings(answer: Any) -> None:
+    """Says on stderr what of the grounding output could not be read and why the repetition guard ended the answer."""
     for problem in answer.box_problems:
         click.echo(f"warning: {problem}", err=True)
+    if answer.loop is not None:
+        click.echo(f"warning: the answer was ended, {answer.loop}; --no-repetition-guard lets it go on", err=True)
 
 
 def draw_boxes(answer: Any, images: tuple[Path, ...], target: Path) -> None:
