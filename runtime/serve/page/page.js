@@ -285,20 +285,22 @@ function finish(answer, image) {
 
 /** The image with its boxes as a figure, and the boxes as a list for those who do not see it. */
 function drawBoxes(image, boxes, [width, height]) {
-  const size = Math.max(width, height) / 28;
   const overlay = drawing("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", "aria-hidden": "true" });
-  boxes.forEach(({ label, pixels: [x1, y1, x2, y2] }, index) => {
+  const labels = boxes.map(({ label, pixels: [x1, y1, x2, y2] }, index) => {
     const colour = COLOURS[index % COLOURS.length], left = Math.min(x1, x2), top = Math.min(y1, y2);
-    // Above its box, or inside where there is no room.
-    const y = top > 1.3 * size ? top - 0.3 * size : top + size;
     overlay.append(
-      drawing("rect", { x: left, y: top, width: Math.abs(x2 - x1), height: Math.abs(y2 - y1), stroke: colour }),
-      drawing("text", { x: left, y, fill: colour, "font-size": size, "stroke-width": size / 6 }, label));
+      drawing("rect", { x: left, y: top, width: Math.abs(x2 - x1), height: Math.abs(y2 - y1), stroke: colour }));
+    const text = element("span", { className: "label", textContent: label });
+    text.setAttribute("aria-hidden", "true");
+    Object.assign(text.style, { left: `${100 * left / width}%`, top: `${100 * top / height}%`, background: colour });
+    // Above its box, or inside where there is no room.
+    text.classList.toggle("above", top > height / 10);
+    return text;
   });
   const picture = element("img", { src: image.url, alt: `${image.name} with ${boxes.length} boxes` });
   const rows = boxes.map(({ label, pixels: [x1, y1, x2, y2] }) =>
     element("li", { textContent: `${label}: from (${x1}, ${y1}) to (${x2}, ${y2}) pixels` }));
-  return [element("figure", {}, picture, overlay), element("ul", { className: "boxes" }, ...rows)];
+  return [element("figure", {}, picture, overlay, ...labels), element("ul", { className: "boxes" }, ...rows)];
 }
 
 let clock = null;

@@ -154,6 +154,8 @@ def test_an_uploaded_image_is_sent_as_it_is_and_its_boxes_are_drawn_where_the_an
         begin, end = {"x": (20 / 200, 100 / 200), "y": (25 / 100, 75 / 100)}[name]
         assert box[start] == pytest.approx(image[start] + begin * image[length], abs=2)
         assert box[length] == pytest.approx((end - begin) * image[length], abs=4)
+    label = answer.locator(".label")
+    assert label.inner_text() == "total" and label.bounding_box()["x"] == pytest.approx(box["x"], abs=2)
     assert page.complaints == []
 
 
