@@ -13,6 +13,10 @@ class QueueFull(Exception):
     """There is no room; the message says whose bound was reached."""
 
 
+class QueueClosed(Exception):
+    """The queue lets nothing in any more."""
+
+
 class FairQueue(Generic[T]):
     """A bounded queue that goes round the clients, so that none can starve the others. Thread-safe.
 
@@ -30,11 +34,14 @@ class FairQueue(Generic[T]):
             return self._length()
 
     def put(self, client: str, entry: T) -> None:
-        """Adds an entry; a client that had none goes to the end of the round. Raises QueueFull."""
+        """Adds an entry; a client that had none goes to the end of the round.
+
+        Raises QueueFull and QueueClosed.
+        """
         with self._changed:
             own = len(self._waiting.get(client, ()))
             if self._closed:
-                raise QueueFull("the server is shutting down")
+                raise QueueClosed
             if own >= self._per_client:
                 raise QueueFull(f"{own} of your requests are waiting, at most {self._per_client} may")
             if self._length() >= self._limit:

@@ -8,6 +8,7 @@ import os
 import re
 import stat
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from vl2.runtime.serve.api_error import ApiError
@@ -61,14 +62,22 @@ def _from_file(url: str, scheme: str, root: Path, limit: int) -> bytes:
         path = (folder / url).resolve()
         if not path.is_relative_to(folder):
             raise missing
-        # Neither a link put there since nor a pipe that would block.
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = _open_regular(path)
     except (OSError, ValueError, RuntimeError) as error:
         raise missing from error
-    with open(handle, "rb") as file:
-        facts = os.fstat(handle)
-        if not stat.S_ISREG(facts.st_mode):
-            raise missing
-        if facts.st_size > limit:
-            raise ApiError(413, f"the image file has {facts.st_size:,} bytes, expected at most {limit:,}", "messages")
+    if file is None:
+        raise missing
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise ApiError(413, f"the image file has {size:,} bytes, expected at most {limit:,}", "messages")
         return file.read(limit)
+
+
+def _open_regular(path: Path) -> BinaryIO | None:
+    """The file, if it is a regular one: neither a link put there since it was looked up nor a pipe that would block."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return os.fdopen(handle, "rb")
+    os.close(handle)
+    return None

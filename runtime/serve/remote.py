@@ -23,8 +23,9 @@ FETCH_SECONDS = 15.0
 _PORT = 443
 _CHUNK = 65536
 _REDIRECTS = (301, 302, 303, 307, 308)
-# Public by their own number, but they stand for another address inside.
-_TRANSLATED = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96")))
+# Global by their number, but they stand for another address, or once were a site's own.
+_TRANSLATED = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96",
+                                             "fec0::/10")))
 
 
 @dataclass(frozen=True)

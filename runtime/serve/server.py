@@ -53,13 +53,13 @@ def serve(model: Model, settings: ServeSettings, listening: socket.socket,
     service = Service(model, settings)
     try:
         with _quiet_signals():
-            _Server(service, settings, ready).run(sockets=[listening])
+            Server(service, settings, ready).run(sockets=[listening])
     finally:
         service.worker.stop(GRACE_SECONDS)
         listening.close()
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Lets go of what waits as soon as the end is wanted."""
 
     def __init__(self, service: Service, settings: ServeSettings, ready: Callable[[], None]):

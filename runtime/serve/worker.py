@@ -12,7 +12,7 @@ from vl2.prompt import Message
 from vl2.runtime import Answer, AnswerStream, GenerationOptions, Model
 from vl2.runtime.serve.api_error import ApiError, internal_error, refused
 from vl2.runtime.serve.channel import Channel
-from vl2.runtime.serve.fair_queue import FairQueue, QueueFull
+from vl2.runtime.serve.fair_queue import FairQueue, QueueClosed, QueueFull
 from vl2.runtime.serve.images import decode
 from vl2.runtime.serve.metrics import Metrics
 from vl2.runtime.serve.request import Turn
@@ -73,9 +73,11 @@ class Worker:
         return int(self._current is not None)
 
     def submit(self, job: Job) -> None:
-        """Queues a job. Raises ApiError 429 with the time after which to come again."""
+        """Queues a job. Raises ApiError 429 with the time after which to come again, 503 at the end."""
         try:
             self._queue.put(job.client, job)
+        except QueueClosed as error:
+            raise _SHUTTING_DOWN from error
         except QueueFull as error:
             least, most = _RETRY_SECONDS
             seconds = round(min(most, max(least, self._usual_seconds * (1 + self.waiting()))))
