@@ -155,6 +155,18 @@ def test_a_work_folder_belongs_to_one_process_until_that_ends_in_any_way(vl2, tm
     assert vl2(*asked)[0] == 0
 
 
+def test_the_quantized_checkpoint_stays_where_it_was_asked_to_and_gives_the_same_bundle(vl2, tmp_path: Path) -> None:
+    kept, quick = tmp_path / "kept", ("--no-calib", "--method", "rtn")
+    asked = ["export", TINY, "--scheme", "int8", *quick, "--no-verify", "--keep-checkpoint", kept, "--out"]
+    code, _, talk = vl2(*asked, tmp_path / "one")
+    assert code == 0 and not (tmp_path / "one.work").exists(), talk
+    assert vl2("export", kept, "--no-verify", "--out", tmp_path / "two")[0] == 0
+    one, two = (read_json(tmp_path / name / "manifest.json")["files"] for name in ("one", "two"))
+    assert one == two
+    code, _, talk = vl2(*asked, tmp_path / "three")
+    assert code == 1 and "kept exists" in talk and not (tmp_path / "three.work").exists()
+
+
 KILLED = """
 import os, signal, sys
 from vl2.cli import main

@@ -3,7 +3,7 @@
     BUNDLE.work/
       job.json                what the folder was begun with
       calibration/            the calibration set, unless the user brought one
-      NAME-SCHEME/            the quantized checkpoint
+      NAME-SCHEME/            the quantized checkpoint, unless the user gave it a place of its own
 
 The folder is removed when the bundle is in its place.
 """
@@ -55,7 +55,8 @@ class Budget:
 @dataclass(frozen=True)
 class QuantizedExport:
     """source: the unquantized folder; calib: data or a calibration set, None for synthetic documents; calibrated:
-    False leaves calibration out; max_ram_bytes: a limit for calibration and quantization."""
+    False leaves calibration out; max_ram_bytes: a limit for calibration and quantization; keep: where the quantized
+    checkpoint is to stay."""
 
     source: Path
     options: QuantizeOptions
@@ -64,6 +65,7 @@ class QuantizedExport:
     calibrated: bool = True
     max_ram_bytes: int | None = None
     budget: Budget | None = None
+    keep: Path | None = None
 
     @property
     def has_set(self) -> bool:
@@ -80,7 +82,7 @@ class QuantizedExport:
         return json.loads(json.dumps({
             "source": source.fingerprint(), "recipe": to_json(recipe_for(self.options, source.config)),
             "method": self.options.method, "data": to_json(self.data), "calib": given, "calibrated": self.calibrated,
-            "budget": to_json(self.budget),
+            "budget": to_json(self.budget), "keep": None if self.keep is None else str(self.keep.resolve()),
         }))
 
 
@@ -111,6 +113,8 @@ def export_quantized(job: QuantizedExport, out: Path, export_options: Any) -> Ma
     extent, data = _extent(job)
     check_job(job.source, job.options, extent, job.max_ram_bytes)
     work = out.with_name(f"{out.name}.work")
+    if job.keep is not None and not work.exists():
+        _check_keep(job.keep.absolute())
     with explained_disk_errors(work):
         work.mkdir(exist_ok=True)
     with locked_folder(work, "quantized export"):
@@ -118,6 +122,15 @@ def export_quantized(job: QuantizedExport, out: Path, export_options: Any) -> Ma
         manifest = _make(job, data, (work, out), export_options)
         shutil.rmtree(work)
     return manifest
+
+
+def _check_keep(keep: Path) -> None:
+    """Raises VL2Error unless a checkpoint may be written there."""
+    if keep.exists():
+        raise VL2Error(f"{keep} exists, and the quantized checkpoint was to be kept there",
+                       "give another --keep-checkpoint, or export the checkpoint that is there")
+    if not keep.parent.is_dir():
+        raise VL2Error(f"there is no folder {keep.parent} to write {keep.name} into", f"mkdir -p {keep.parent}")
 
 
 def _make(job: QuantizedExport, data: CalibrationData | None, places: tuple[Path, Path], export_options: Any
@@ -128,7 +141,7 @@ def _make(job: QuantizedExport, data: CalibrationData | None, places: tuple[Path
 
     work, out = places
     scheme = "budget" if job.budget is not None else Path(job.options.recipe).stem
-    quantized = work / f"{job.source.resolve().name}-{scheme}"
+    quantized = job.keep or work / f"{job.source.resolve().name}-{scheme}"
     with explained_disk_errors(work):
         if not quantized.exists():
             calibration = _calibrate(job, data, work / "calibration")
@@ -155,7 +168,7 @@ def _budget_job(job: QuantizedExport, data: CalibrationData | None, calibration:
     if data is None and "vision" not in job.budget.outer:
         raise VL2Error(f"the calibration set {job.calib} holds no images to measure the vision tower with",
                        "give --vision int8 or fp16, or --calib the data that the set was made from")
-    sizes = bundle_sizes(job.source, export_options.lowering)
+    sizes = bundle_sizes(job.source, export_options.lowering, export_options.kv_cache)
     return BudgetJob(job.source, calibration, job.budget.size_bytes, job.options,
                      lambda schemes: sizes({module: form_of(scheme) for module, scheme in schemes.items()}),
                      job.budget.outer, None if data is None else data.samples)
