@@ -46,7 +46,8 @@ Progress = Callable[[str, int, int], None]
 class ExportOptions:
     """scheme: how weights are stored, "fp32" or "fp16" (None); of a quantized checkpoint None, its codes are kept.
     verify: compare the graphs with PyTorch; force: replace the bundle that is there. lowering: "portable" (standard
-    ONNX), for quantized checkpoints and then the default "ort" (onnxruntime's MatMulNBits), or "cpu" (our operators).
+    ONNX), "cpu" (our operators) or, for quantized checkpoints only, "ort" (onnxruntime's MatMulNBits); None: as
+    `check_lowering` chooses.
     kv_cache: how caches are held, "fp32" (None), with the lowering "cpu" also "fp16" and "int8".
     source: what the manifest names where the folder is only a step on the way from the user's checkpoint."""
 

@@ -30,7 +30,7 @@ def choose_storing(
         )
     scheme = scheme or UNPACKED_SCHEME
     check_scheme(scheme)
-    lowering = check_lowering(lowering, checkpoint.quantized)
+    lowering = check_lowering(lowering, checkpoint.quantized, kv_cache)
     return storing_of(checkpoint, scheme, lowering, check_kv_cache(kv_cache, lowering))
 
 

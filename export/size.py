@@ -23,14 +23,14 @@ _EXPERT_DOWN = re.compile(r"language\.model\.layers\.\d+\.mlp\.experts\.\d+\.dow
 Forms = Mapping[str, Form | None]
 
 
-def bundle_sizes(folder: Path, lowering: str | None = None) -> Callable[[Forms], int]:
+def bundle_sizes(folder: Path, lowering: str | None = None, kv_cache: str | None = None) -> Callable[[Forms], int]:
     """A function of the forms by module that gives the bytes of the whole bundle folder, a little too many.
 
     folder: the unquantized checkpoint; what has no form is stored as fp16.
     """
     checkpoint = open_checkpoint(folder)
     copies = sum(len(content) for content in copied_contents(folder).values())
-    lowering = check_lowering(lowering, quantized=True)
+    lowering = check_lowering(lowering, quantized=True, kv_cache=kv_cache)
     modules = {name: sources[0].removesuffix(WEIGHT) for name, sources in checkpoint.sources.items()}
 
     def size(forms: Forms) -> int:

@@ -16,6 +16,7 @@ from vl2.export.packed_storage import (
     codes_and_scales,
 )
 from vl2.export.schemes import FLOAT16, FLOAT32, ROUTER, Storage, storage_of
+from vl2.operators import library_path
 from vl2.quantization import Form
 
 PORTABLE, ORT, CPU = "portable", "ort", "cpu"
@@ -93,16 +94,26 @@ class Storing:
         return copies * sum(part.size_bytes(matrix, len(matrix) - 1) for part in parts)
 
 
-def check_lowering(lowering: str | None, quantized: bool) -> str:
-    """The lowering to take: `ort` for quantized checkpoints, `portable` for others unless told. Raises VL2Error."""
+def check_lowering(lowering: str | None, quantized: bool, kv_cache: str | None = None) -> str:
+    """The lowering to take. Unless told, for quantized checkpoints the fastest that works on this machine, for others
+    `portable`, and `cpu` where the cache needs it. Raises VL2Error."""
     if lowering is None:
-        return ORT if quantized else PORTABLE
+        if kv_cache not in (None, "fp32"):
+            return CPU
+        return _fastest_here() if quantized else PORTABLE
     if lowering not in LOWERINGS:
         raise VL2Error(f"there is no lowering `{lowering}`", f"choose one of {', '.join(LOWERINGS)}")
     if lowering == ORT and not quantized:
         raise VL2Error("the lowering `ort` is for quantized checkpoints: it changes how packed matrices are multiplied",
                        "leave --lowering out, or quantize the checkpoint first")  # fmt: skip
     return lowering
+
+
+def _fastest_here() -> str:
+    """The operator library is for CPUs, and for machines on which it could be built."""
+    from onnxruntime import get_available_providers
+
+    return ORT if "CUDAExecutionProvider" in get_available_providers() or library_path()[0] is None else CPU
 
 
 def check_kv_cache(kv_cache: str | None, lowering: str) -> str | None:

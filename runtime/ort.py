@@ -55,8 +55,10 @@ class OrtBackend:
         if manifest.lowering == "cpu" and options.device == "cuda":
             raise VL2Error(f"CUDA was asked for, and {folder} has the lowering `cpu`, whose operators run on CPUs only",
                            "give --device cpu, or export the bundle with --lowering ort")
-        device = "cpu" if manifest.lowering == "cpu" else options.device
-        self._choice = choose(device, onnxruntime.get_available_providers(), installed_packages())
+        device, offered = "cpu" if manifest.lowering == "cpu" else options.device, onnxruntime.get_available_providers()
+        self._choice = choose(device, offered, installed_packages())
+        if manifest.lowering == "cpu" and options.device == "auto" and CUDA in offered:
+            self._choice = Choice((CPU,), "not CUDA: the bundle has the lowering cpu")
         if CUDA in self._choice.providers and hasattr(onnxruntime, "preload_dlls"):
             # It prints what it misses; standard output belongs to results.
             with contextlib.redirect_stdout(sys.stderr):

@@ -21,9 +21,9 @@ from vl2.runtime.kv_cache import KVCache
 ROOT = Path(__file__).parents[2]
 _INT8 = ("int8", "int8", "int8")
 # Full-size Tiny, docs/results.md and docs/planning.md: scheme, demand, peak bytes.
-MEASURED = [("int4", Demand((), 472), 2.16e9), ("int4", Demand((), 2357), 2.49e9),
-            ("int4", Demand((), 982, prefill_chunk=128), 2.14e9), ("int4", Demand(((224, 224),), 27), 2.86e9),
-            ("int8", Demand((), 472), 3.36e9)]
+MEASURED = [("ort", "int4", Demand((), 472), 2.16e9), ("ort", "int4", Demand((), 2357), 2.49e9),
+            ("ort", "int4", Demand((), 982, prefill_chunk=128), 2.14e9),
+            ("ort", "int4", Demand(((224, 224),), 27), 2.86e9), ("ort", "int8", Demand((), 472), 3.36e9)]
 
 
 def predicted(model: PlannedModel, storage: Storage, demand: Demand, answer: int) -> int:
@@ -31,10 +31,10 @@ def predicted(model: PlannedModel, storage: Storage, demand: Demand, answer: int
     return run_memory(model, storage, replace(size, context=size.prompt_tokens + answer), "cpu", False).peak
 
 
-@pytest.mark.parametrize("scheme, demand, measured", MEASURED)
-def test_the_quantized_full_size_tiny_takes_what_is_planned(scheme, demand, measured) -> None:
+@pytest.mark.parametrize("lowering, scheme, demand, measured", MEASURED)
+def test_the_quantized_full_size_tiny_takes_what_is_planned(lowering, scheme, demand, measured) -> None:
     model = planned_model("tiny")
-    storage = storage_of(model.tensors, form_of_choice(Choice(scheme, *_INT8), model.config), 2)
+    storage = storage_of(model.tensors, form_of_choice(Choice(scheme, *_INT8), model.config), 2, lowering)
     assert predicted(model, storage, demand, 8) == pytest.approx(measured, rel=PLANNED_MEMORY)
 
 

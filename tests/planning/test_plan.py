@@ -77,7 +77,7 @@ def test_what_does_not_fit_says_changes_that_fit() -> None:
 
 
 def test_a_shorter_context_and_a_smaller_chunk_are_offered_when_they_suffice() -> None:
-    situation = Situation(planned_model("tiny"), Demand(((384, 384),)), "small", TARGETS["cpu"])
+    situation = Situation(planned_model("tiny"), Demand(((384, 384),)), "small", TARGETS["cpu"], "ort")
     choice = Choice("int4", "int8", "int8", "int8")
     memory = make_plan(situation, choice).runs["cpu"].memory
     tight = replace(TARGETS["cpu"], usable_share=1.0, memory_gib=(memory.peak - memory.kv_cache // 2) / 2**30)
@@ -126,7 +126,14 @@ def test_a_lowering_limits_the_schemes_and_a_quantized_checkpoint_takes_any(quan
     assert plan.runs["cpu"].memory.activations < plan_for("tiny", "cpu", Demand()).runs["cpu"].memory.activations
     quantized = replace(situation, model=planned_model(str(quantized_of(NANO, "int4"))))
     assert make_plan(quantized).storage.lowering == "cpu"
-    assert make_plan(replace(quantized, lowering=None)).storage.lowering == "ort"
+    chosen = make_plan(replace(quantized, lowering=None))
+    assert chosen.storage.lowering == "cpu"
+    slower = make_plan(replace(quantized, lowering="ort"))
+    assert slower.runs["cpu"].speed.tokens_per_second < chosen.runs["cpu"].speed.tokens_per_second
+    on_gpu = replace(quantized, lowering=None, target_name="rtx-3060", target=TARGETS["rtx-3060"])
+    assert make_plan(on_gpu).storage.lowering == "ort"
+    with pytest.raises(VL2Error, match="is for CPUs"):
+        make_plan(replace(on_gpu, lowering="cpu"))
 
 
 def test_a_narrower_cache_takes_less_and_is_proposed_where_it_makes_it_fit() -> None:
@@ -140,11 +147,12 @@ def test_a_narrower_cache_takes_less_and_is_proposed_where_it_makes_it_fit() -> 
     # a target that lacks 100 MB
     small = replace(TARGETS["cpu"], memory_gib=(peak - 100e6) / 2**30, usable_share=1.0)
     tight = make_plan(replace(situation, target=small, demand=demand), choice)
-    assert any("--lowering cpu --kv-cache fp16" in change for change in tight.changes)
+    assert any("--kv-cache fp16" in change for change in tight.changes)
 
 
 def test_a_cache_that_the_lowering_does_not_have_is_refused(nano_bundle: Path) -> None:
     situation = Situation(planned_model("tiny"), Demand(), "cpu", TARGETS["cpu"], kv_cache="fp16")
+    assert make_plan(situation, Choice("fp16")).storage.lowering == "cpu"  # as the cache needs
     with pytest.raises(VL2Error, match="whose caches are fp32"):
         make_plan(replace(situation, lowering="ort"))
     with pytest.raises(VL2Error, match="has the KV cache `fp32`, and `fp16` was asked for"):
@@ -156,7 +164,8 @@ def test_the_estimates_are_the_measured_rates_where_they_come_from() -> None:
     model, xeon = planned_model("tiny"), Target("", "host", 24, 20, 1, ("cpu",), "", cpu_gflops=120)
     demand = Demand((), 472, context=512)
     for choice, token, prefill in ((Choice("int4", *["int8"] * 3), 0.25, 8.1), (Choice("fp16"), 0.72, 9.3)):
-        plan = make_plan(Situation(model, demand, "xeon", xeon), choice)
+        lowering = "portable" if choice.scheme == "fp16" else "ort"
+        plan = make_plan(Situation(model, demand, "xeon", xeon, lowering), choice)
         speed = estimate_speed(model, plan.storage, plan.prompt, xeon, "cpu")
         assert 1 / speed.tokens_per_second == pytest.approx(token, rel=0.1)
         assert speed.prefill_seconds == pytest.approx(prefill, rel=0.2)

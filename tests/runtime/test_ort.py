@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from vl2.errors import VL2Error
 from vl2.manifest import read_manifest
 from vl2.runtime import BundleOptions, GenerationOptions, open_bundle
 from vl2.runtime.ort import OrtBackend
-from vl2.runtime.providers import CPU
+from vl2.runtime.providers import CPU, CUDA
 
 # Two orders of summing some hundred float32 numbers of size one.
 CLOSE = dict(rtol=1e-4, atol=1e-4)
@@ -169,9 +170,11 @@ def test_a_lowering_that_is_not_known_is_refused_before_a_graph_is_loaded(bundle
         open_bundle(bundle)
 
 
-def test_cuda_is_refused_for_operators_of_the_cpu(bundle: Path) -> None:
+def test_cuda_is_refused_for_operators_of_the_cpu(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = bundle / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lowering": "cpu"}))
     with pytest.raises(VL2Error, match="CUDA was asked for, and .* has the lowering `cpu`"):
         open_bundle(bundle, BundleOptions(device="cuda"))
     assert open_bundle(bundle, BundleOptions(device="auto")).backend.startswith("CPU")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    assert "not CUDA: the bundle has the lowering cpu" in open_bundle(bundle, BundleOptions(device="auto")).backend

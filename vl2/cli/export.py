@@ -28,7 +28,8 @@ _CALIB_HELP = ("Calibration data for an integer scheme: a folder of images, JSON
                "what `vl2 calibrate` made. Without it, documents that vl2 draws, and the manifest says so.")
 # Options that only an integer scheme has a use for, and how they are called.
 _OF_QUANTIZATION = {"calib": "--calib", "no_calib": "--no-calib", "method": "--method", "vision": "--vision",
-                    "head": "--head", "embeddings": "--embeddings", "budget": "--budget", "max_ram": "--max-ram"}
+                    "head": "--head", "embeddings": "--embeddings", "budget": "--budget", "max_ram": "--max-ram",
+                    "keep_checkpoint": "--keep-checkpoint"}
 _OF_CALIBRATION = {name: f"--{name}" for name in ("samples", "tokens", "tolerate", "seed")}  # these have defaults
 
 
@@ -43,11 +44,14 @@ _OF_CALIBRATION = {name: f"--{name}" for name in ("samples", "tokens", "tolerate
 @quantization_options
 @sampling_options
 @click.option("--lowering", type=click.Choice(["ort", "cpu", "portable"]),
-              help="ort: onnxruntime's own operators for packed weights, the default where there are any; cpu: vl2's "
-                   "operator library, for CPUs; portable: standard ONNX.")
+              help="cpu: vl2's operator library, for CPUs, the default for packed weights; ort: onnxruntime's own "
+                   "operators for them, the default where CUDA is offered or the library was not built; portable: "
+                   "standard ONNX, the default for all else.")
 @click.option("--kv-cache", type=click.Choice(["fp32", "fp16", "int8"]),
               help="How keys and values (or latents) are kept while a bundle runs, fp32 without it; fp16 and int8 take "
                    "less memory a token and need --lowering cpu. `vl2 compare` says what it costs.")
+@click.option("--keep-checkpoint", type=click.Path(path_type=Path), metavar="FOLDER",
+              help="Where the quantized checkpoint of an integer scheme stays, for `vl2 layers` or another bundle.")
 @max_ram_option
 @click.option("--dry-run", is_flag=True, help="Print sizes by module, peak memory and time; write nothing.")
 @click.option("--no-verify", is_flag=True, help="Skip the parity run; the manifest says so.")
@@ -130,17 +134,18 @@ def _quantized_job(source: Path, scheme: str, values: dict[str, Any]) -> Any:
         budget = Budget(values["budget"], outer_parts(values))
         values |= dict.fromkeys(("vision", "head", "embeddings"))
     return QuantizedExport(source, to_quantize_options(values, scheme, calibrated), to_data_options(values),
-                           values["calib"], calibrated, values["max_ram"], budget)
+                           values["calib"], calibrated, values["max_ram"], budget, values["keep_checkpoint"])
 
 
 def _summary(out: Path, manifest: Any) -> dict[str, Any]:
     summary = {"bundle": str(out), "variant": manifest.variant, "scheme": manifest.scheme,
-               "size_bytes": sum(file.size_bytes for file in manifest.files.values()), "verify": manifest.verify}
+               "lowering": manifest.lowering, "verify": manifest.verify,
+               "size_bytes": sum(file.size_bytes for file in manifest.files.values())}
     if manifest.quantization is not None:
         summary["quantization"] = manifest.quantization
     return summary
 
 
 def _sentence(summary: dict[str, Any]) -> str:
-    return (f"{summary['bundle']}: {summary['variant']} {summary['scheme']}, {summary['size_bytes'] / 1e9:.3f} GB, "
-            f"parity {summary['verify']['status']}")
+    return (f"{summary['bundle']}: {summary['variant']} {summary['scheme']}, lowering {summary['lowering']}, "
+            f"{summary['size_bytes'] / 1e9:.3f} GB, parity {summary['verify']['status']}")

@@ -105,7 +105,10 @@ def make_plan(situation: Situation, choice: Choice | None = None) -> Plan:
 
     Raises VL2Error for a context or a tile budget that the model does not have.
     """
-    model = situation.model
+    model, situation = situation.model, _with_lowering(situation)
+    if situation.lowering == CPU and "cpu" not in situation.target.backends:
+        raise VL2Error(f"the lowering `cpu` is for CPUs, and {situation.target_name} runs "
+                       f"{', '.join(situation.target.backends)}", "leave --lowering out")
     already = _stored_already(situation, choice)
     ladder = LADDER if already is None else ()
     if situation.lowering is not None:
@@ -126,6 +129,21 @@ def make_plan(situation: Situation, choice: Choice | None = None) -> Plan:
     return plan if plan.fits else replace(plan, changes=tuple(_changes(plan)))
 
 
+def _with_lowering(situation: Situation) -> Situation:
+    """The lowering that a cache needs, where none was asked for."""
+    needed = situation.lowering is None and situation.kv_cache not in (None, "fp32") and not _is_bundle(situation.model)
+    return replace(situation, lowering=CPU) if needed else situation
+
+
+def _is_bundle(model: PlannedModel) -> bool:
+    return model.storage is not None and model.config.quantization_config is None
+
+
+def _default_lowering(situation: Situation) -> str:
+    """Of packed weights, as `vl2 export` chooses on the target itself."""
+    return CPU if situation.target.backends[0] == "cpu" else ORT
+
+
 def _stored_already(situation: Situation, choice: Choice | None) -> Storage | None:
     """Of a bundle or a quantized checkpoint; None for a model whose scheme is still to be chosen."""
     model, lowering = situation.model, situation.lowering
@@ -134,9 +152,11 @@ def _stored_already(situation: Situation, choice: Choice | None) -> Storage | No
     if choice is not None:
         raise VL2Error(f"`{model.name}` is stored already ({model.scheme}), and {choice.options} was asked for",
                        "leave the scheme out, or plan for the checkpoint that it was made from")
+    if not _is_bundle(model):
+        lowering = lowering or _default_lowering(situation)
     if lowering in (None, model.storage.lowering):
         return _with_cache(model.storage, situation)
-    if model.config.quantization_config is None:
+    if _is_bundle(model):
         raise VL2Error(f"`{model.name}` has the lowering `{model.storage.lowering}`, and `{lowering}` was asked for",
                        "leave it out, or plan for the checkpoint that the bundle was made from")
     return _with_cache(storage_of(model.tensors, form_of_checkpoint(model.config), 2, lowering), situation)
@@ -147,7 +167,7 @@ def _with_cache(storage: Storage, situation: Situation) -> Storage:
     kv_cache, model = situation.kv_cache, situation.model
     if kv_cache in (None, storage.kv_cache):
         return storage
-    if model.storage is not None and model.config.quantization_config is None:
+    if _is_bundle(model):
         raise VL2Error(f"`{model.name}` has the KV cache `{storage.kv_cache}`, and `{kv_cache}` was asked for",
                        "leave it out, or plan for the checkpoint that the bundle was made from")
     if storage.lowering != CPU:
@@ -163,8 +183,9 @@ def _takes(choice: Choice, lowering: str) -> bool:
 
 def _stored(situation: Situation, choice: Choice) -> Storage:
     model = situation.model
+    lowering = situation.lowering or (_default_lowering(situation) if choice.scheme in EXPERT_FORMS else None)
     return _with_cache(storage_of(model.tensors, form_of_choice(choice, model.config),
-                                  4 if choice.scheme == "fp32" else 2, situation.lowering), situation)
+                                  4 if choice.scheme == "fp32" else 2, lowering), situation)
 
 
 def _run(situation: Situation, storage: Storage, backend: str) -> Run:
@@ -191,12 +212,13 @@ def _other_scheme(plan: Plan) -> str | None:
 
 def _narrower_cache(plan: Plan) -> str | None:
     situation = plan.situation
-    if situation.model.storage is not None or situation.kv_cache is not None or "cpu" not in plan.runs:
+    taken = situation.model.storage is not None or situation.kv_cache is not None
+    if taken or situation.lowering not in (None, CPU) or "cpu" not in plan.runs:
         return None
     for kv_cache in ("fp16", "int8"):
-        other = make_plan(replace(situation, lowering=CPU, kv_cache=kv_cache))
+        other = make_plan(replace(situation, kv_cache=kv_cache))
         if other.runs["cpu"].fits:
-            return (f"{other.options} --lowering cpu --kv-cache {kv_cache}: peak "
+            return (f"{other.options} --kv-cache {kv_cache}: peak "
                     f"{other.runs['cpu'].memory.peak / 1e9:.2f} GB on the CPU")
     return None
 
