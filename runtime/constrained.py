@@ -88,10 +88,11 @@ class Matcher:
 
 
 def _grammar(constraint: Constraint) -> str:
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, regex_to_lark
 
     if constraint.kind == "regex":
-        return LLMatcher.grammar_from_regex(constraint.text)
+        # "d": \d is 0-9; in Unicode it is 700 digits more, which no reader of a number expects.
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(constraint.text, 'd')}/")
     if constraint.kind == "boxes":
         return LLMatcher.grammar_from_lark(_BOXES)
     schema = constraint.text if constraint.kind == "json_schema" else '{"type": "object"}'

@@ -14,9 +14,9 @@ _WITH_TEXT = ("regex", "json_schema")
 class Constraint:
     """What the whole answer must match.
 
-    kind: "regex" (text: of the Rust regex crate's syntax, without look-around and back-references), "json_schema"
-    (text: the schema as JSON), "json_object" (any JSON object) or "boxes" (free text in which every label and its list
-    of boxes is well formed); the last two have no text.
+    kind: "regex" (text: of the Rust regex crate's syntax, without look-around and back-references, \\d is 0-9),
+    "json_schema" (text: the schema as JSON), "json_object" (any JSON object) or "boxes" (free text in which every label
+    and its list of boxes is well formed, with ordered corners in 0…999); the last two have no text.
     """
 
     kind: str

@@ -98,8 +98,33 @@ def test_prompt_and_drawn_tokens_are_both_penalised(seed: int, penalty: float) -
 @pytest.mark.parametrize("options", [
     dict(max_new_tokens=0), dict(temperature=-1), dict(temperature=float("nan")), dict(top_p=0), dict(top_p=1.1),
     dict(repetition_penalty=0), dict(stop=("",)), dict(stop="END"), dict(seed=-1), dict(prefill_chunk=0),
+    dict(frequency_penalty=float("nan")), dict(presence_penalty=float("inf")), dict(top_logprobs=-1),
 ])
 def test_an_impossible_option_is_refused_by_name(options: dict) -> None:
     (name, _), = options.items()
     with pytest.raises(VL2Error, match=f"{name} is .*, expected"):
         GenerationOptions(**options)
+
+
+@given(st.integers(0, 2 ** 32), st.floats(-2, 2), st.floats(-2, 2))
+def test_frequency_and_presence_penalties_count_the_answer_and_not_the_prompt(seed: int, frequency, presence) -> None:
+    logits = np.random.default_rng(seed).normal(size=12).astype(np.float32)
+    options = GenerationOptions(frequency_penalty=frequency, presence_penalty=presence)
+    sampler, counts = Sampler(options, np.array([0, 1, 2]), 12), np.zeros(12)
+    for _ in range(15):
+        expected = logits - counts * frequency - (counts > 0) * presence
+        drawn = sampler.draw(logits.copy())
+        assert expected[drawn] >= expected.max() - 1e-5
+        counts[drawn] += 1
+
+
+@given(st.integers(0, 2 ** 32), st.sampled_from([0.0, 0.8]), st.sampled_from([0.3, 1.0]),
+       st.sets(st.integers(0, 29), min_size=1))
+def test_only_allowed_tokens_are_drawn(seed: int, temperature: float, top_p: float, allowed: set[int]) -> None:
+    logits = np.random.default_rng(seed).normal(size=30).astype(np.float32)
+    mask = np.isin(np.arange(30), list(allowed))
+    sampler = Sampler(GenerationOptions(temperature=temperature, top_p=top_p, seed=seed), NONE, 30)
+    drawn = [sampler.draw(logits.copy(), mask) for _ in range(20)]
+    assert set(drawn) <= allowed
+    if temperature == 0.0:
+        assert set(drawn) == {int(np.argmax(np.where(mask, logits, -np.inf)))}
