@@ -9,12 +9,14 @@ from pathlib import Path
 from vl2.export.checkpoint import Checkpoint, open_checkpoint
 from vl2.export.choice import UNPACKED_SCHEME
 from vl2.export.facts import copied_contents
-from vl2.export.storing import Storing, check_lowering
+from vl2.export.storing import CPU, Storing, check_lowering
 from vl2.quantization import WEIGHT, Form
 
 # Bytes of graphs by expert, layer and block of the tower, and of the manifest and the rest: 6 to 8 % more than bundles
 # of tiny-mini, small-mini and vl2-nano have.
 _EXPERT, _WIDE_EXPERT, _LAYER, _LATENT_LAYER, _BLOCK, _REST = 4_800, 7_100, 28_000, 34_000, 12_000, 30_000
+# In the lowering `cpu` attention and experts are one node a layer each.
+_NATIVE_LAYER, _NATIVE_LATENT_LAYER, _NATIVE_BLOCK = 8_200, 13_000, 8_400
 _PAGE, _ROW = 4096, 64  # where weights, and rows of a stack, begin in a data file
 _EMBEDDINGS = ("language.embed_tokens.weight", "image_newline", "view_seperator")
 
@@ -32,11 +34,12 @@ def bundle_sizes(folder: Path, lowering: str | None = None, kv_cache: str | None
     copies = sum(len(content) for content in copied_contents(folder).values())
     lowering = check_lowering(lowering, quantized=True, kv_cache=kv_cache)
     modules = {name: sources[0].removesuffix(WEIGHT) for name, sources in checkpoint.sources.items()}
+    graphs = _native_graph_bytes if lowering == CPU else _graph_bytes
 
     def size(forms: Forms) -> int:
         packed = {name: form for name in checkpoint.shapes if (form := forms.get(modules[name])) is not None}
         storing = Storing(UNPACKED_SCHEME, lowering, checkpoint.shapes, packed)
-        return copies + _graph_bytes(checkpoint, forms) + sum(_padded(storing, name) for name in checkpoint.shapes)
+        return copies + graphs(checkpoint, forms) + sum(_padded(storing, name) for name in checkpoint.shapes)
 
     return size
 
@@ -58,6 +61,12 @@ def _graph_bytes(checkpoint: Checkpoint, forms: Forms) -> int:
     experts = [form for module, form in forms.items() if _EXPERT_DOWN.fullmatch(module)]
     wide = sum(form is not None and form.bits == 8 for form in experts)
     return _EXPERT * (len(experts) - wide) + _WIDE_EXPERT * wide + layers + _BLOCK * vision.layers + _REST
+
+
+def _native_graph_bytes(checkpoint: Checkpoint, _: Forms) -> int:
+    language, vision = checkpoint.config.language_config, checkpoint.config.vision_config
+    layer = _NATIVE_LATENT_LAYER if language.use_mla else _NATIVE_LAYER
+    return layer * language.num_hidden_layers + _NATIVE_BLOCK * vision.layers + _REST
 
 
 def _up(size: int, unit: int) -> int:

@@ -52,6 +52,8 @@ _OF_CALIBRATION = {name: f"--{name}" for name in ("samples", "tokens", "tolerate
                    "less memory a token and need --lowering cpu. `vl2 compare` says what it costs.")
 @click.option("--keep-checkpoint", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Where the quantized checkpoint of an integer scheme stays, for `vl2 layers` or another bundle.")
+@click.option("--target", help="In place of --budget: the size that a device of `vl2 plan --list-targets` has room "
+              "for, beside the cache of the model's whole context.")
 @max_ram_option
 @click.option("--dry-run", is_flag=True, help="Print sizes by module, peak memory and time; write nothing.")
 @click.option("--no-verify", is_flag=True, help="Skip the parity run; the manifest says so.")
@@ -66,10 +68,13 @@ def command(checkpoint: str, out: Path | None, scheme: str | None, dry_run: bool
     """
     if out is None and not dry_run:
         raise click.UsageError("Missing option '--out'.")
-    _check_usage(scheme, values)
-    scheme = "int4" if values["budget"] is not None else scheme
+    target = values.pop("target")
+    _check_usage(scheme, values, target)
     export = workstation_half()
     source = export.resolve_source(checkpoint)
+    if target is not None:
+        values["budget"] = _room(source, target, values)
+    scheme = "int4" if values["budget"] is not None else scheme
     options = export.ExportOptions(scheme=scheme if scheme in _PLAIN else None, verify=not values.pop("no_verify"),
                                    force=values.pop("force"), lowering=values.pop("lowering"),
                                    kv_cache=values.pop("kv_cache"))
@@ -97,10 +102,20 @@ def workstation_half() -> ModuleType:
                        hint="pip install 'vl2-edge[export]'; a device that runs bundles needs none of it") from error
 
 
-def _check_usage(scheme: str | None, values: dict[str, Any]) -> None:
+def _room(source: Path, target: str, values: dict[str, Any]) -> int:
+    from vl2.planning.room import bundle_room
+
+    room = bundle_room(str(source), target, values["lowering"], values["kv_cache"])
+    click.echo(f"{target}: room for a bundle of {room / 1e9:.2f} GB", err=True)
+    return room
+
+
+def _check_usage(scheme: str | None, values: dict[str, Any], target: str | None) -> None:
     source = click.get_current_context().get_parameter_source
     sampling = [name for key, name in _OF_CALIBRATION.items() if source(key) is ParameterSource.COMMANDLINE]
-    if values["budget"] is not None:
+    if values["budget"] is not None and target is not None:
+        raise click.UsageError("--budget and --target exclude each other.")
+    if values["budget"] is not None or target is not None:
         _check_budget(scheme, values)
         return
     given = [name for key, name in _OF_QUANTIZATION.items() if values[key]] + sampling
@@ -114,9 +129,9 @@ def _check_usage(scheme: str | None, values: dict[str, Any]) -> None:
 
 def _check_budget(scheme: str | None, values: dict[str, Any]) -> None:
     if scheme is not None:
-        raise click.UsageError("--budget chooses the recipe: leave --scheme out.")
+        raise click.UsageError("--budget and --target choose the recipe: leave --scheme out.")
     if values["no_calib"]:
-        raise click.UsageError("--budget measures on calibration data: leave --no-calib out.")
+        raise click.UsageError("--budget and --target measure on calibration data: leave --no-calib out.")
 
 
 def _export(export: ModuleType, source: Path, out: Path, options: Any) -> Any:
