@@ -17,6 +17,7 @@ from PIL import Image
 
 from vl2.errors import VL2Error
 from vl2.image import ImageGeometry
+from vl2.runtime import open_bundle
 from vl2.runtime.answer import EOS, Answer, AnswerStream, Progress
 from vl2.runtime.grounding import parse
 
@@ -68,11 +69,11 @@ class ScriptedModel:
 class Served:
     """A server in a thread of its own."""
 
-    def __init__(self, **settings):
+    def __init__(self, model=None, **settings):
         from vl2.runtime.serve.app import Service
         from vl2.runtime.serve.settings import ServeSettings
 
-        self.model = ScriptedModel()
+        self.model = model or ScriptedModel()
         self._service = Service(self.model, ServeSettings("scripted-model", **settings))
         config = uvicorn.Config(self._service.app, host="127.0.0.1", port=0, lifespan="off", log_config=None)
         self._server = uvicorn.Server(config)
@@ -86,7 +87,8 @@ class Served:
         return self
 
     def __exit__(self, *_):
-        self.model.going.set()
+        if isinstance(self.model, ScriptedModel):
+            self.model.going.set()
         self._server.should_exit = True
         self._thread.join(20)
         self._service.worker.stop(5)
@@ -303,3 +305,18 @@ def test_everything_can_be_reached_and_done_by_keyboard(browser, served):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.id"))
     assert {"send", "new-chat", "file", "log"} <= set(reached) | {"question"}
+
+
+def test_a_real_model_answers_in_the_page_as_from_python(browser, nano_bundle):
+    model, image = open_bundle(nano_bundle), Path(__file__).parents[3] / "nano" / "demo.png"
+    expected = [model.ask(question, images=[image]) for question in ("What is the total?", "Locate the word Total.")]
+    with Served(model) as served:
+        page = opened(browser, served.url)
+        page.get_by_label("Images", exact=True).set_input_files(image)
+        ask(page, "What is the total?")
+        assert finished(page).locator(".text").inner_text() == expected[0].text
+        page.get_by_role("button", name="New chat").click()
+        page.get_by_label("Images", exact=True).set_input_files(image)
+        ask(page, "Locate the word Total.")
+        assert finished(page).locator("rect").count() == len(expected[1].boxes)
+        assert page.complaints == []
