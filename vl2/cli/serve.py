@@ -6,7 +6,14 @@ from typing import Any
 
 import click
 
-from vl2.cli.options import ByteSize, bundle_options, debug_option, max_tiles_option, open_as_asked
+from vl2.cli.options import (
+    ByteSize,
+    bundle_options,
+    cache_options,
+    debug_option,
+    max_tiles_option,
+    open_as_asked,
+)
 from vl2.errors import VL2Error
 
 _LIMITS = {"max_body": "body_bytes", "max_pixels": "pixels", "max_images": "images", "max_new_tokens": "new_tokens",
@@ -38,6 +45,9 @@ _LIMITS = {"max_body": "body_bytes", "max_pixels": "pixels", "max_images": "imag
               help="Of them, of one client: a token at an address.")
 @click.option("--request-seconds", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True,
               help="From a request's arrival to its last token.")
+@click.option("--kv-cache", type=ByteSize(), default="512MiB", show_default=True,
+              help="For conversations that are kept to go on with; those used longest ago go first.")
+@cache_options
 @max_tiles_option
 @bundle_options
 @debug_option
