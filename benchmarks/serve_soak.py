@@ -209,6 +209,11 @@ def growth(rss: list[tuple[float, int]], seconds: float) -> float:
     return statistics.median(late) / statistics.median(early) - 1
 
 
+def tenths(rss: list[tuple[float, int]]) -> list[float]:
+    """MB at each tenth of the time."""
+    return [round(rss[min(len(rss) - 1, len(rss) * part // 10)][1] / 1e6, 1) for part in range(11)]
+
+
 def soak(options: argparse.Namespace) -> tuple[Record, int | None]:
     """What happened, and the exit code of a server that ended by itself."""
     plan, record = (cases(options.bundle), hostile()), Record()
@@ -250,7 +255,7 @@ def main() -> int:
         print(f"FAILED {failure[:300]}")
     facts = {"minutes": options.minutes, "clients": options.clients, "requests": sum(record.done.values()),
              "failures": len(record.failures), "ended": ended, "rss_mb": round(record.rss[-1][1] / 1e6, 1),
-             "rss_growth": round(grown, 4), "median_answer_s": round(statistics.median(record.seconds), 3),
+             "rss_growth": round(grown, 4), "rss_mb_by_tenths": tenths(record.rss), "median_answer_s": round(statistics.median(record.seconds), 3),
              "slowest_answer_s": round(max(record.seconds), 3)}
     print(json.dumps(facts))
     return int(bool(record.failures) or ended is not None or not grown <= LARGEST_GROWTH)

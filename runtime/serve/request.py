@@ -20,6 +20,9 @@ from vl2.runtime.serve.schema import MESSAGES, request_schema
 from vl2.runtime.serve.settings import ServeSettings
 
 DEFAULT_NEW_TOKENS = 512
+_MOST_SIGNS, _MOST_VALUES, _MOST_LEVELS = 200_000, 10_000, 64
+# Many times what the models hold; tokenizing megabytes only to refuse them would hold everybody up.
+_MOST_CHARACTERS = 200_000
 _ROLES = {"developer": "system"}
 _PLAIN = ("temperature", "top_p", "seed", "repetition_penalty", "frequency_penalty", "presence_penalty")
 
@@ -95,6 +98,9 @@ class RequestReader:
 
 
 def _parse(body: bytes) -> dict[str, Any]:
+    # Millions of empty lists in a body of 20 MB would take a gigabyte once they are objects.
+    if sum(map(body.count, (b",", b"[", b"{"))) > _MOST_SIGNS:
+        raise ApiError(400, f"the body has more than {_MOST_SIGNS:,} commas and brackets")
     try:
         fields = json.loads(body, object_pairs_hook=unique_keys, parse_constant=_no_number)
     except RecursionError as error:
@@ -103,30 +109,42 @@ def _parse(body: bytes) -> dict[str, Any]:
         raise ApiError(400, f"the body is no JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ApiError(400, f"the body is a JSON {type(fields).__name__}, expected an object")
+    _check_values(fields)
+    return fields
+
+
+def _check_values(fields: dict[str, Any]) -> None:
+    """Raises ApiError for too many values, too deep nesting and texts that are none."""
+    level: list[Any] = [fields]
+    count = 0
+    for _ in range(_MOST_LEVELS):
+        count += len(level)
+        if count > _MOST_VALUES:
+            raise ApiError(400, f"the body has more than {_MOST_VALUES:,} values")
+        for text in level:
+            if isinstance(text, str) and not text.isascii():
+                _check_text(text)
+        level = [inner for value in level for inner in _inside(value)]
+        if not level:
+            return
+    raise ApiError(400, f"the body is nested deeper than {_MOST_LEVELS} levels")
+
+
+def _check_text(text: str) -> None:
     try:
-        for text in _texts(fields):
-            text.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise ApiError(400, "a text holds half a surrogate pair, which is no character") from error
-    except RecursionError as error:
-        raise ApiError(400, "the body is nested too deeply") from error
-    return fields
+
+
+def _inside(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return value if isinstance(value, list) else []
 
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from _texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
 
 
 def _listed(value: Any) -> list:
@@ -245,6 +263,10 @@ def _check_turns(turns: tuple[Turn, ...], most_images: int) -> None:
                            f"messages[{index}].role")
     if turns[-1].role != "user":
         raise ApiError(400, f"the last message is from the {turns[-1].role}, expected the user", "messages")
+    characters = sum(len(turn.content) for turn in turns)
+    if characters > _MOST_CHARACTERS:
+        raise ApiError(400, f"the texts have {characters:,} characters, expected at most {_MOST_CHARACTERS:,}",
+                       "messages")
     images = sum(len(turn.images) for turn in turns)
     if images > most_images:
         raise ApiError(400, f"{images} images, this server takes {most_images} a request", "messages")

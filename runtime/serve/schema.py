@@ -8,7 +8,7 @@ from vl2.runtime.serve.settings import Limits
 
 Schema = dict[str, Any]
 
-MAX_STOPS, MAX_TOP_LOGPROBS, MAX_MESSAGES = 16, 20, 1000
+MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS, MAX_MESSAGES, MAX_REGEX_LENGTH = 16, 200, 20, 500, 10_000
 # The largest whole number that every JSON reader keeps.
 _MAX_SEED = 2 ** 53 - 1
 
@@ -36,6 +36,7 @@ def _whole(low: int, high: int, text: str) -> Schema:
 
 _TEXT = {"type": "string"}
 _NULL = {"type": "null"}
+_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
 _TEXT_PART = obj({"type": {"const": "text"}, "text": _TEXT}, ("type", "text"))
 _IMAGE_URL = obj({
     "url": {"type": "string", "minLength": 1, "description": "`data:image/…;base64,…`; an https URL of an allowed host;"
@@ -92,13 +93,12 @@ def request_schema(limits: Limits) -> Schema:
         "repetition_penalty": _number(0, 100, "Over prompt and answer.", exclusiveMinimum=0),
         "frequency_penalty": _number(-2, 2, "Taken from a token's logit for each time that the answer has it."),
         "presence_penalty": _number(-2, 2, "Taken from a token's logit once the answer has it."),
-        "stop": {"anyOf": [{"type": "string", "minLength": 1}, _NULL,
-                           {"type": "array", "maxItems": MAX_STOPS, "items": {"type": "string", "minLength": 1}}]},
+        "stop": {"anyOf": [_STOP, _NULL, {"type": "array", "maxItems": MAX_STOPS, "items": _STOP}]},
         "logprobs": {"type": ["boolean", "null"]},
         "top_logprobs": _whole(0, MAX_TOP_LOGPROBS, "Only with `logprobs`."),
         "n": _whole(1, 1, "One answer."),
         "response_format": {"anyOf": [*_FORMATS.values(), _NULL]},
-        "guided_regex": {"type": ["string", "null"], "minLength": 1,
+        "guided_regex": {"type": ["string", "null"], "minLength": 1, "maxLength": MAX_REGEX_LENGTH,
                          "description": "The whole answer matches it; Rust's syntax."},
         "boxes": {"type": ["boolean", "null"], "description": "true: box lists in the answer are always well formed."},
         "user": {"type": ["string", "null"], "description": "Accepted, unused."},

@@ -119,10 +119,13 @@ class Worker:
             return self._answer(job)
         except ApiError as error:
             return error
-        except Exception:
+        except Exception as error:
             # Ended from outside, the stream says so by an error of its own; that is no defect.
             if job.ended is not None:
                 return job.ended
+            if isinstance(error, VL2Error) and job.options.constraint and error.message.startswith("the constraint"):
+                # Found out while answering: a constraint that is too large for its library's limits.
+                return refused(error)
             return internal_error(job.name)
 
     def _answer(self, job: Job) -> Answer:

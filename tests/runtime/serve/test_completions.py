@@ -296,3 +296,19 @@ def test_interleaved_conversations_get_their_own_answers(served, shared_bundle: 
 
     for topic, text in asyncio.run(all_at_once()):
         assert text == expected[topic]
+
+
+def test_constraints_hold_and_bad_ones_are_the_clients_error(served) -> None:
+    client = served()
+    done = client.ask(question(guided_regex="(yes|no)!", max_tokens=9, stream=True))
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in events(done.text)) in ("yes!", "no!")
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"],
+              "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    refused = ({"guided_regex": "(("}, {"response_format": {**form, "json_schema": {"schema": {"type": "foo"}}}},
+               {"response_format": {**form, "json_schema": {"schema": {"$ref": "#"}}}})
+    for fields in refused:
+        done = client.ask(question(**fields))
+        assert done.status_code == 400 and "constraint" in done.json()["error"]["message"], done.text
+    text = client.ask(question(response_format=form, max_tokens=60)).json()["choices"][0]["message"]["content"]
+    assert text.startswith('{"a": ')
