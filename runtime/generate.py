@@ -78,7 +78,8 @@ class Generation:
             return EOS
         if block is not None:
             said = self._engine.processor.tokenizer.decode(ids[-block:], skip_special_tokens=False)
-            self._loop = f"{block} tokens are repeated over and over: {said[:60]!r}"
+            plural = "s" if block > 1 else ""
+            self._loop = f"a block of {block} token{plural} is repeated over and over: {said[:60]!r}"
             return LOOP
         return LENGTH if len(ids) == self._limit else None
 

@@ -86,7 +86,7 @@ def test_an_answer_in_circles_is_ended_and_says_what_repeats(numpy_model: Model,
     question, options = [Message("user", "How many?")], GenerationOptions(max_new_tokens=500)
     answer = numpy_model.complete(question, options).read()
     assert answer.stop_reason == "loop" and len(answer.token_ids) == 256
-    assert f"{len(ids)} tokens are repeated" in answer.loop and "near" in answer.loop
+    assert f"a block of {len(ids)} tokens is repeated" in answer.loop and "near" in answer.loop
     free = numpy_model.complete(question, GenerationOptions(max_new_tokens=500, repetition_guard=False)).read()
     assert (free.stop_reason, free.loop, len(free.token_ids)) == ("length", None, 500)
     measured = numpy_model.complete(question, GenerationOptions(max_new_tokens=500, ignore_eos=True)).read()
