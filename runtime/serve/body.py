@@ -12,7 +12,10 @@ from starlette.types import Receive
 from vl2.runtime.serve.api_error import ApiError
 from vl2.runtime.serve.settings import Limits
 
-CLIENT_LEFT = ApiError(499, "the client left")
+
+def client_left() -> ApiError:
+    """Status 499. Made anew each time: a raised error keeps its traceback, and by it the request's frames."""
+    return ApiError(499, "the client left")
 
 
 class PendingBytes:
@@ -66,7 +69,7 @@ async def read_body(headers: Headers, receive: Receive, limits: Limits, account:
         except asyncio.TimeoutError as error:
             raise ApiError(408, f"nothing of the body came for {limits.stall_seconds:.0f} s") from error
         if message["type"] == "http.disconnect":
-            raise CLIENT_LEFT
+            raise client_left()
         part = message.get("body", b"")
         account.add(len(part))
         if account.size > limits.body_bytes:

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from vl2.image import ImageGeometry
 from vl2.runtime.serve.api_error import ApiError
-from vl2.runtime.serve.body import CLIENT_LEFT, Account, PendingBytes, read_body
+from vl2.runtime.serve.body import Account, PendingBytes, client_left, read_body
 from vl2.runtime.serve.channel import Channel
 from vl2.runtime.serve.image_bytes import image_bytes
 from vl2.runtime.serve.images import check_images
@@ -72,13 +72,13 @@ class Completions:
         late = ApiError(504, f"the request took longer than {seconds:.0f} s")
         timer = asyncio.get_running_loop().call_later(seconds, self._worker.drop, job, late)
         leaving = asyncio.ensure_future(_until_gone(receive))
-        leaving.add_done_callback(lambda done: done.cancelled() or self._worker.drop(job, CLIENT_LEFT))
+        leaving.add_done_callback(lambda done: done.cancelled() or self._worker.drop(job, client_left()))
         try:
             await (self._stream if stream else self._whole)(job, reply, _patient(send, self._settings))
         finally:
             timer.cancel()
             leaving.cancel()
-            self._worker.drop(job, CLIENT_LEFT)
+            self._worker.drop(job, client_left())
 
     async def _whole(self, job: Job, reply: Reply, send: Send) -> None:
         outcome: Outcome | None = None
@@ -124,6 +124,6 @@ def _patient(send: Send, settings: ServeSettings) -> Send:
         try:
             await asyncio.wait_for(send(message), settings.limits.stall_seconds)
         except asyncio.TimeoutError as error:
-            raise CLIENT_LEFT from error
+            raise client_left() from error
 
     return send_in_time

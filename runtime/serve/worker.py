@@ -21,7 +21,6 @@ from vl2.runtime.serve.settings import Limits
 Outcome = Answer | ApiError
 # Least and most that a refused client is told to wait.
 _RETRY_SECONDS = (1, 60)
-_SHUTTING_DOWN = ApiError(503, "the server is shutting down")
 
 
 @dataclass(eq=False)
@@ -77,7 +76,7 @@ class Worker:
         try:
             self._queue.put(job.client, job)
         except QueueClosed as error:
-            raise _SHUTTING_DOWN from error
+            raise _shutting_down() from error
         except QueueFull as error:
             least, most = _RETRY_SECONDS
             seconds = round(min(most, max(least, self._usual_seconds * (1 + self.waiting()))))
@@ -91,13 +90,13 @@ class Worker:
     def close_queue(self) -> None:
         """Takes no more jobs and ends those that wait; the running one goes on."""
         for job in self._queue.close():
-            job.end(_SHUTTING_DOWN)
+            job.end(_shutting_down())
 
     def stop(self, seconds: float) -> None:
         """Ends all jobs and waits so long for the thread."""
         self.close_queue()
         if (job := self._current) is not None:
-            job.end(_SHUTTING_DOWN)
+            job.end(_shutting_down())
         if self._thread.is_alive():
             self._thread.join(seconds)
 
@@ -147,6 +146,10 @@ class Worker:
             raise job.ended
         self._metrics.answered(job.stream.answer)
         return job.stream.answer
+
+
+def _shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down")
 
 
 def _messages(job: Job) -> list[Message]:
