@@ -30,6 +30,9 @@ def vl2_run(bundle: Path, *options: object) -> Result:
 def test_an_answer_matches_the_pattern_that_was_given(bundle: Path) -> None:
     done = vl2_run(bundle, "--regex", "(yes|no), [a-z]{3}")
     assert done.exit_code == 0 and done.stdout[:4] in ("yes,", "no, ") and len(done.stdout) in (8, 9)
+    assert "warning" not in done.stderr
+    cut = vl2_run(bundle, "--regex", "[a-z]{90}", "--max-new-tokens", 2)
+    assert "warning: the answer was cut after 2 tokens" in cut.stderr
 
 
 def test_an_answer_follows_the_schema_in_a_file(bundle: Path, tmp_path: Path) -> None:
@@ -42,7 +45,8 @@ def test_an_answer_follows_the_schema_in_a_file(bundle: Path, tmp_path: Path) ->
 
 def test_constrained_boxes_have_no_problems(bundle: Path) -> None:
     done = vl2_run(bundle, "--boxes", "--max-new-tokens", 30, "--json")
-    assert json.loads(done.stdout)["box_problems"] == [] and "warning" not in done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["box_problems"] == [] and ("warning" in done.stderr) == (answer["stop_reason"] == "length")
 
 
 def test_two_constraints_are_a_usage_error_and_a_missing_schema_names_its_file(bundle: Path) -> None:

@@ -52,7 +52,7 @@ def converse(model: Any, pending: list[Path], options: Any) -> None:
                     return
                 chat, pending = (model.chat(), []) if changed == "reset" else (chat, pending)
             elif line:
-                report_warnings(answer_streamed(chat, line, tuple(pending), options, echo=True))
+                report_warnings(answer_streamed(chat, line, tuple(pending), options, echo=True), options)
                 pending = []
         except VL2Error as error:
             click.echo(f"error: {error}", err=True)

@@ -26,7 +26,8 @@ def command(out: Path, image: Path | None, prompt: str) -> None:
     if not (out / "manifest.json").exists():
         _export(shipped / "checkpoint", out)
     click.echo(f"image: {image}\nquestion: {prompt}", err=True)
-    report_warnings(answer_streamed(open_bundle(out), prompt, (image,), GenerationOptions(), echo=True))
+    options = GenerationOptions()
+    report_warnings(answer_streamed(open_bundle(out), prompt, (image,), options, echo=True), options)
     click.echo(f"bundle: {out.resolve()}")
 
 

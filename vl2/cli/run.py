@@ -43,7 +43,7 @@ def command(bundle: Path, prompt: str, images: tuple[Path, ...], draw: Path | No
     answer = answer_streamed(model, prompt, images, options, echo=not as_json)
     if as_json:
         click.echo(json.dumps(answer.to_dict(), ensure_ascii=False))
-    report_warnings(answer)
+    report_warnings(answer, options)
     if draw is not None:
         draw_boxes(answer, images, draw)
 
@@ -59,12 +59,15 @@ def answer_streamed(asker: Any, prompt: str, images: tuple[Path, ...], options: 
     return stream.answer
 
 
-def report_warnings(answer: Any) -> None:
-    """Says on stderr what of the grounding output could not be read and why the repetition guard ended the answer."""
+def report_warnings(answer: Any, options: Any) -> None:
+    """Says on stderr what of the grounding output could not be read, and why an answer ended before its time."""
     for problem in answer.box_problems:
         click.echo(f"warning: {problem}", err=True)
     if answer.loop is not None:
         click.echo(f"warning: the answer was ended, {answer.loop}; --no-repetition-guard lets it go on", err=True)
+    if options.constraint is not None and answer.stop_reason != "eos":
+        click.echo(f"warning: the answer was cut after {len(answer.token_ids)} tokens and may lack the end of its form",
+                   err=True)
 
 
 def draw_boxes(answer: Any, images: tuple[Path, ...], target: Path) -> None:
