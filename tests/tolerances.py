@@ -70,6 +70,11 @@ OPERATOR_ROUNDED = 1.5e-2
 # Two rounded products and a SwiGLU between them, which multiplies errors of gate and up.
 OPERATOR_ROUNDED_EXPERTS = 3e-2
 
+# Logprobs and penalties against the formulas: a sum of some hundred float64 exponentials in another order, and a
+# float32 logit of about 5 from which float32 penalties are taken.
+LOGPROB = 1e-12
+PENALISED_LOGIT = 1e-5
+
 
 def max_difference(got: object, want: object) -> float:
     """The largest |got − want|, for messages and for the figures of docs/results.md."""

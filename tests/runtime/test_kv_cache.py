@@ -65,3 +65,18 @@ def test_an_empty_cache_gives_empty_views() -> None:
 def test_a_cache_cannot_be_cut_beyond_its_end() -> None:
     with pytest.raises(AssertionError):
         KVCache(GRAPH).truncate(1)
+
+
+@given(st.integers(0, 90), st.integers(0, 90), st.integers(0, 40))
+def test_a_copied_prefix_is_its_own_and_takes_the_place_of_what_was_there(length: int, held: int, more: int) -> None:
+    source, copy = KVCache(GRAPH), KVCache(GRAPH)
+    extend(source, 90, 0)
+    extend(copy, held, 500)
+    copy.copy_prefix(source, length)
+    extend(copy, more, 200)
+    expected = [*range(length), *range(200, 200 + more)]
+    source.past()["past_key.0"][:] = -1
+    np.testing.assert_array_equal(copy.past()["past_key.0"][0, :, 1, 2], expected)
+    np.testing.assert_array_equal(copy.past()["past_latent.1"][0, :, 4], expected)
+    assert copy.used_bytes == max(held, length + more) * copy.position_bytes or copy.capacity >= 128
+    assert copy.position_bytes * copy.capacity == copy.size_bytes

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.runtime.small_bundle import numpy_model_of
+from tests.tolerances import LOGPROB
 from vl2.errors import VL2Error
 from vl2.prompt import Message
 from vl2.runtime import GenerationOptions, Model
@@ -108,10 +109,10 @@ def test_logprobs_are_of_the_models_own_distribution_and_one_a_token(numpy_model
     assert len(answer.logprobs) == len(answer.token_ids) == 8
     for logits, token, found in zip(seen, answer.token_ids, answer.logprobs, strict=True):
         expected = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
-        assert found.token_id == token and found.logprob == pytest.approx(expected[token], abs=1e-12)
+        assert found.token_id == token and found.logprob == pytest.approx(expected[token], abs=LOGPROB)
         order = np.argsort(-expected, kind="stable")[:3]
         assert [entry[0] for entry in found.top] == order.tolist()
-        assert [entry[2] for entry in found.top] == pytest.approx(expected[order].tolist(), abs=1e-12)
+        assert [entry[2] for entry in found.top] == pytest.approx(expected[order].tolist(), abs=LOGPROB)
         assert found.text == numpy_model.engine.token_bytes[token]
     assert answer.to_dict()["logprobs"][0]["bytes"] == list(answer.logprobs[0].text)
     assert numpy_model.ask("What?").logprobs is None and numpy_model.ask("What?").to_dict()["logprobs"] is None
