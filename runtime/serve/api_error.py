@@ -28,6 +28,10 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
         self.retry_after = retry_after
 
+    def anew(self) -> ApiError:
+        """The same without its traceback, which would keep all that its frames hold, such as decoded images."""
+        return ApiError(self.status, self.message, self.param, self.code, self.retry_after)
+
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""
         kind = _TYPES.get(self.status, "invalid_request_error")

@@ -62,12 +62,14 @@ async def read_body(headers: Headers, receive: Receive, limits: Limits, account:
     announced = headers.get("content-length", "0")
     if announced.isdigit() and int(announced) > limits.body_bytes:
         raise too_large
-    parts, more = [], True
+    clock = asyncio.get_running_loop().time
+    end, parts, more = clock() + limits.request_seconds, [], True
     while more:
+        patience = min(limits.stall_seconds, end - clock())
         try:
-            message = await asyncio.wait_for(receive(), limits.stall_seconds)
+            message = await asyncio.wait_for(receive(), patience)
         except asyncio.TimeoutError as error:
-            raise ApiError(408, f"nothing of the body came for {limits.stall_seconds:.0f} s") from error
+            raise ApiError(408, "the body did not come in time") from error
         if message["type"] == "http.disconnect":
             raise client_left()
         part = message.get("body", b"")

@@ -14,8 +14,8 @@ class Limits:
 
     body_bytes: of one request and of one fetched or read image. pending_bytes: bodies of all requests that are read,
     wait or run. pixels: of all images of one request. new_tokens: the most that `max_tokens` may be. queued: requests
-    that wait; queued_per_client: of one client. request_seconds: from arrival to the last token. stall_seconds: a
-    client that neither sends nor reads is given up after them. connections: open at once.
+    that wait; queued_per_client: of one client. request_seconds: of the body, and from there to the last token.
+    stall_seconds: a client that neither sends nor reads is given up after them. connections: open at once.
     """
 
     body_bytes: int = 20_000_000

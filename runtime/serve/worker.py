@@ -23,6 +23,10 @@ Outcome = Answer | ApiError
 _RETRY_SECONDS = (1, 60)
 
 
+class _Ended(Exception):
+    """The job was ended from outside; `Job.ended` says why."""
+
+
 @dataclass(eq=False)
 class Job:
     """One request on its way. name: in log and answers. images: encoded, in the order of the turns."""
@@ -116,12 +120,12 @@ class Worker:
             return job.ended
         try:
             return self._answer(job)
-        except ApiError as error:
-            return error
         except Exception as error:
             # Ended from outside, the stream says so by an error of its own; that is no defect.
             if job.ended is not None:
                 return job.ended
+            if isinstance(error, ApiError):
+                return error.anew()
             if isinstance(error, VL2Error) and job.options.constraint and error.message.startswith("the constraint"):
                 # Found out while answering: a constraint that is too large for its library's limits.
                 return refused(error)
@@ -134,7 +138,7 @@ class Worker:
         except VL2Error as error:
             raise refused(error, "messages") from error
         if job.ended is not None:
-            raise job.ended
+            raise _Ended
         first = True
         for piece in job.stream:
             if first:
@@ -143,7 +147,7 @@ class Worker:
             if not job.channel.put(piece):
                 job.end(ApiError(503, "the client does not read its answer"))
         if job.ended is not None:
-            raise job.ended
+            raise _Ended
         self._metrics.answered(job.stream.answer)
         return job.stream.answer
 

@@ -44,7 +44,7 @@ _LIMITS = {"max_body": "body_bytes", "max_pixels": "pixels", "max_images": "imag
 @click.option("--max-queued-per-client", type=click.IntRange(min=1), default=8, show_default=True,
               help="Of them, of one client: a token at an address.")
 @click.option("--request-seconds", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True,
-              help="From a request's arrival to its last token.")
+              help="From a request's whole body to its last token.")
 @click.option("--kv-cache", type=ByteSize(), default="512MiB", show_default=True,
               help="For conversations that are kept to go on with; those used longest ago go first.")
 @cache_options

@@ -312,3 +312,15 @@ def test_constraints_hold_and_bad_ones_are_the_clients_error(served) -> None:
         assert done.status_code == 400 and "constraint" in done.json()["error"]["message"], done.text
     text = client.ask(question(response_format=form, max_tokens=60)).json()["choices"][0]["message"]["content"]
     assert text.startswith('{"a": ')
+
+
+def test_a_body_that_comes_in_drops_has_an_end_too(served) -> None:
+    client = served(limits={"request_seconds": 0.2})
+
+    async def drops():
+        while True:
+            yield b" "
+            await asyncio.sleep(0.02)
+
+    done = client.request("POST", CHAT, content=drops(), headers={"Content-Type": "application/json"})
+    assert done.status_code == 408
