@@ -136,7 +136,7 @@ def bundle_facts(bundle: OpenBundle) -> BundleFacts:
     manifest = bundle.model.manifest
     tokenizer = manifest.files.get("tokenizer.json")
     return BundleFacts(
-        path=str(bundle.folder), variant=manifest.variant, scheme=manifest.scheme, lowering=manifest.lowering,
+        path=str(bundle.folder), variant=manifest.variant, scheme=manifest.scheme, lowering=manifest.operators,
         quantization=manifest.quantization, source=manifest.source.name,
         manifest_sha256=sha256_of(bundle.folder / MANIFEST_NAME),
         tokenizer_sha256=tokenizer.sha256 if tokenizer else "", vocab_size=manifest.language.vocab_size,

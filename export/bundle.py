@@ -14,7 +14,7 @@ from vl2 import __version__
 from vl2.checkpoint_name import checkpoint_name
 from vl2.errors import VL2Error
 from vl2.export.checkpoint import Checkpoint, open_checkpoint
-from vl2.export.choice import bundle_scheme, choose_storing, quantization_facts
+from vl2.export.choice import ExportOptions, bundle_scheme, choose_storing, quantization_facts
 from vl2.export.embeddings import FILE_NAME, embeddings_facts, embeddings_header, place_embeddings
 from vl2.export.facts import (
     copied_contents,
@@ -43,23 +43,6 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class ExportOptions:
-    """scheme: how weights are stored, "fp32" or "fp16" (None); of a quantized checkpoint None, its codes are kept.
-    verify: compare the graphs with PyTorch; force: replace the bundle that is there. lowering: "portable" (standard
-    ONNX), "cpu" (our operators) or, for quantized checkpoints only, "ort" (onnxruntime's MatMulNBits); None: as
-    `check_lowering` chooses.
-    kv_cache: how caches are held, "fp32" (None), with the lowering "cpu" also "fp16" and "int8".
-    source: what the manifest names where the folder is only a step on the way from the user's checkpoint."""
-
-    scheme: str | None = None
-    verify: bool = True
-    force: bool = False
-    lowering: str | None = None
-    kv_cache: str | None = None
-    source: Source | None = None
-
-
-@dataclass(frozen=True)
 class Job:
     """One export under way."""
 
@@ -81,7 +64,7 @@ def export_checkpoint(
     options, source, out = options or ExportOptions(), Path(source), Path(out).absolute()
     check_place(out, options.force)
     checkpoint = open_checkpoint(source)
-    storing = choose_storing(checkpoint, options.scheme, options.lowering, options.kv_cache)
+    storing = choose_storing(checkpoint, options)
     plan = plan_checkpoint(checkpoint, storing)
     if options.verify:
         check_memory(plan.verify_memory_bytes)
@@ -120,6 +103,7 @@ def _write_bundle(job: Job, hashes: Future) -> Manifest:
         conversion={"underflow": _merged(part.get("underflow", {}) for part in parts.values())},
         verify={"status": "skipped"},
         lowering=job.storing.lowering,
+        mode=job.storing.mode,
         quantization=quantization_facts(checkpoint),
     )
     write_manifest(staging.folder, manifest)
@@ -182,6 +166,7 @@ def _inputs(job: Job) -> dict[str, Any]:
         "scheme": job.storing.scheme,
         "lowering": job.storing.lowering,
         "kv_cache": job.storing.kv_cache,
+        "mode": job.storing.mode,
         "vl2_version": __version__,
         "tools": tool_versions(),
     }

@@ -113,11 +113,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, entries, sources, parameter_shapes(config), forms)
 
 
-def storing_of(checkpoint: Checkpoint, scheme: str, lowering: str, kv_cache: str | None) -> Storing:
+def storing_of(checkpoint: Checkpoint, scheme: str, lowering: str) -> Storing:
     """How an export of this checkpoint stores its parameters; scheme: of those that are not packed."""
     forms = {name: form for name in checkpoint.shapes if (form := checkpoint.form(name)) is not None}
     scales = {name: scale_storage_of(_scale_dtype(checkpoint, name)) for name in forms}
-    return Storing(scheme, lowering, checkpoint.shapes, forms, scales, kv_cache)
+    return Storing(scheme, lowering, checkpoint.shapes, forms, scales)
 
 
 def _scale_dtype(checkpoint: Checkpoint, parameter: str) -> str:

@@ -67,7 +67,7 @@ class ExportPlan:
 def plan_export(source: Path, options: ExportOptions) -> ExportPlan:
     """The plan of `export_checkpoint(source, …, options)`; writes nothing. Raises VL2Error on a bad checkpoint."""
     checkpoint = open_checkpoint(Path(source))
-    return plan_checkpoint(checkpoint, choose_storing(checkpoint, options.scheme, options.lowering, options.kv_cache))
+    return plan_checkpoint(checkpoint, choose_storing(checkpoint, options))
 
 
 def plan_checkpoint(checkpoint: Checkpoint, storing: Storing) -> ExportPlan:

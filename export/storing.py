@@ -20,6 +20,7 @@ from vl2.operators import library_path
 from vl2.quantization import Form
 
 PORTABLE, ORT, CPU = "portable", "ort", "cpu"
+EXACT, FAST = "exact", "fast"
 LOWERINGS = (PORTABLE, ORT, CPU)
 
 # Uses of a weight. FLOATS: as numbers, widened where they are stored narrower.
@@ -38,7 +39,8 @@ _MANY_ROWS = ("vision.", "projector.")
 @dataclass(frozen=True)
 class Storing:
     """scheme: of all that is not packed; shapes: of the model's parameters; forms: of the packed ones, and the element
-    type of their scales; kv_cache: element type of the caches where the decoder writes them in place."""
+    type of their scales; kv_cache: element type of the caches where the decoder writes them in place; mode: of the
+    operators of `plugins/`."""
 
     scheme: str
     lowering: str
@@ -46,6 +48,7 @@ class Storing:
     forms: Mapping[str, Form] = field(default_factory=dict)
     scales: Mapping[str, Storage] = field(default_factory=dict)
     kv_cache: str | None = None
+    mode: str = EXACT
 
     def use_of(self, parameter: str) -> str:
         """One of the uses above."""
@@ -107,6 +110,16 @@ def check_lowering(lowering: str | None, quantized: bool, kv_cache: str | None =
         raise VL2Error("the lowering `ort` is for quantized checkpoints: it changes how packed matrices are multiplied",
                        "leave --lowering out, or quantize the checkpoint first")  # fmt: skip
     return lowering
+
+
+def check_mode(mode: str | None, lowering: str) -> str:
+    """The mode of the operators, `exact` unless told. Raises VL2Error."""
+    if mode not in (None, EXACT, FAST):
+        raise VL2Error(f"there is no mode `{mode}`", f"choose {EXACT} or {FAST}")
+    if mode == FAST and lowering != CPU:
+        raise VL2Error(f"the mode `fast` was asked for with the lowering `{lowering}`, which has none",
+                       "give --lowering cpu as well, or leave --mode out")  # fmt: skip
+    return mode or EXACT
 
 
 def _fastest_here() -> str:

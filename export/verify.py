@@ -22,6 +22,7 @@ from vl2.export.checkpoint import Checkpoint
 from vl2.export.choice import UNPACKED_SCHEME
 from vl2.export.reference import StreamedModel
 from vl2.export.session import GraphSession
+from vl2.export.storing import EXACT, FAST
 from vl2.file_hashes import Progress
 from vl2.manifest import SCALES_SUFFIX, Manifest
 from vl2.mapped_pages import bounded_file_pages
@@ -34,6 +35,8 @@ LOGITS_BOUND = 1e-3
 FEATURES_BOUND = 1e-3
 # Where rounding into an INT8 cache turns the other way, a code moves by one: up to 1/127 of its row's largest value.
 _INT8_CACHE_BOUND = 1e-2
+# Activations rounded to INT8 in groups of 32 err by up to 1/254 of a group's largest value before every product.
+_FAST_BOUND = 2e-1
 
 _DECODE_STEPS = 8
 _QUESTION = "<image>\nWhat is shown here?"
@@ -51,12 +54,15 @@ class Figures:
     prompt_tokens: int
     decode_steps: int
     bound: float = LOGITS_BOUND
+    mode: str = EXACT
 
     @property
     def passed(self) -> bool:
-        """Whether everything is within its bound."""
+        """Whether everything is within its bound; rounded activations may choose another token where two are close."""
         largest = max(self.logits_difference, self.chunked_difference)
-        return self.tokens_equal and largest <= self.bound and self.features_difference <= FEATURES_BOUND
+        features_bound = FEATURES_BOUND if self.mode == EXACT else self.bound
+        tokens = self.tokens_equal or self.mode == FAST
+        return tokens and largest <= self.bound and self.features_difference <= features_bound
 
 
 def verify_bundle(folder: Path, manifest: Manifest, checkpoint: Checkpoint, progress: Progress) -> Manifest:
@@ -68,7 +74,7 @@ def verify_bundle(folder: Path, manifest: Manifest, checkpoint: Checkpoint, prog
     if not figures.passed:
         raise VL2Error(
             f"the exported graphs and the PyTorch model disagree: {figures}, allowed are {figures.bound} of the "
-            "logits' standard deviation and equal tokens",
+            f"logits' standard deviation{' and equal tokens' if figures.mode == EXACT else ''}",
             "this is a defect of vl2 or of the installed onnxruntime; `--no-verify` writes the bundle all the same",
         )
     facts: dict[str, Any] = {"status": "passed", **vars(figures)}
@@ -100,7 +106,8 @@ def compare(folder: Path, manifest: Manifest, checkpoint: Checkpoint, progress: 
         tokens_equal=bool((wanted.argmax(-1) == np.array(tokens)).all()),
         prompt_tokens=len(prompt.input_ids),
         decode_steps=_DECODE_STEPS,
-        bound=_INT8_CACHE_BOUND if kv_cache == "int8" else LOGITS_BOUND,
+        bound=_FAST_BOUND if manifest.mode == FAST else _INT8_CACHE_BOUND if kv_cache == "int8" else LOGITS_BOUND,
+        mode=manifest.mode,
     )
 
 

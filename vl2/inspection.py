@@ -133,8 +133,8 @@ def _quantization_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _bundle_lines(facts: dict[str, Any]) -> list[str]:
-    lines = [f"scheme {facts['scheme']}, lowering {facts['lowering']}, parity {facts['verify']['status']}, "
-             f"from {facts['source']['name']}",
+    lines = [f"scheme {facts['scheme']}, lowering {facts['lowering']}, mode {facts['mode']}, "
+             f"parity {facts['verify']['status']}, from {facts['source']['name']}",
              *_quantization_lines(facts)]
     lines += ["", "modules"]
     forms = (facts.get("quantization") or {}).get("forms", {})

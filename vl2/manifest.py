@@ -160,6 +160,13 @@ class Manifest:
     # Which operators the graphs use; bundles of before these keys have standard ones and floats only.
     lowering: str = "portable"
     quantization: dict | None = None
+    # Of the operators of the lowering `cpu`: "exact", or "fast" with activations rounded to INT8.
+    mode: str = "exact"
+
+    @property
+    def operators(self) -> str:
+        """The lowering and, where it is not exact, its mode."""
+        return self.lowering if self.mode == "exact" else f"{self.lowering} {self.mode}"
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as JSON has it."""

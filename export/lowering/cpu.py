@@ -14,7 +14,6 @@ from vl2.export.weights import Weight
 from vl2.plugins.experts import moe
 from vl2.plugins.native.layout import Layout
 
-_EXACT = "exact"
 # Attributes of vl2::Experts that the traced node has under the names of the configuration.
 _RENAMED = {"num_experts_per_tok": "top_k"}
 
@@ -58,8 +57,8 @@ class LinearLowering:
         if not self._read.is_native(weight):
             return self._standard(scope, node)
         layout = self._read.layout(weight)
-        sizes = {"N": layout.rows, "K": layout.columns}
-        return scope.op("Linear", node.inputs, domain=node.domain, mode=_EXACT, **sizes, **_form("", layout))
+        sizes, mode = {"N": layout.rows, "K": layout.columns}, self._read.storing.mode
+        return scope.op("Linear", node.inputs, domain=node.domain, mode=mode, **sizes, **_form("", layout))
 
 
 class ExpertsLowering:
@@ -74,7 +73,8 @@ class ExpertsLowering:
         gate, down, shared = given["gate_proj"], given["down_proj"], given["shared_gate_proj"]
         inputs = [given["x"], given["logits"], gate, down, given["correction_bias"]]
         experts, inner, hidden = gate.shape
-        attributes = {"hidden_size": hidden, "inner_size": inner, "experts": experts, "mode": _EXACT}
+        attributes = {"hidden_size": hidden, "inner_size": inner, "experts": experts,
+                      "mode": self._read.storing.mode}  # fmt: skip
         attributes |= {_RENAMED.get(name, name): _value(node.attributes[name]) for name in moe.RULE}
         attributes |= _form("", self._read.layout(gate)) | _form("down_", self._read.layout(down))
         if shared is not None:

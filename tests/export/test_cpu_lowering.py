@@ -158,7 +158,27 @@ def test_a_chat_over_a_narrow_cache_goes_on_as_one_long_prompt(
     assert second.reused_tokens > 0 and fresh.reused_tokens == 0 and second.token_ids == fresh.token_ids
 
 
-@pytest.mark.parametrize("kv_cache, lowering, told", [("fp16", None, "whose caches are fp32"),
+def test_the_fast_mode_is_named_and_errs_by_its_rounding_only(goldens: Path, quantized_of, tmp_path: Path) -> None:
+    """Its kernels are tested against their references in tests/plugins; here the graphs that take them."""
+    folder, bundle = quantized_of(goldens / "small-mini", "int4"), tmp_path / "bundle"
+    manifest = export_checkpoint(folder, bundle, ExportOptions(lowering="cpu", mode="fast"))
+    assert (manifest.mode, manifest.operators) == ("fast", "cpu fast")
+    graphs = [onnx.load(bundle / f"{name}.onnx", load_external_data=False).graph for name in ("vision", "decoder")]
+    attributes = [a for graph in graphs for node in graph.node if node.domain == "vl2" for a in node.attribute]
+    modes = {onnx.helper.get_attribute_value(a) for a in attributes if a.name == "mode"}
+    assert modes == {b"fast"}
+    # the exact mode differs by 5e-6, see above: this is the rounding, and it is far below a wrong answer
+    assert 1e-3 < manifest.verify["logits_difference"] <= manifest.verify["bound"] < 0.5
+
+
+def test_a_mode_that_a_lowering_does_not_have_is_refused(goldens: Path, quantized_of) -> None:
+    folder = quantized_of(goldens / "small-mini", "int4")
+    for lowering, mode, told in (("ort", "fast", "which has none"), ("cpu", "quick", "no mode `quick`")):
+        with pytest.raises(VL2Error, match=told):
+            plan_export(folder, ExportOptions(lowering=lowering, mode=mode))
+
+
+@pytest.mark.parametrize("kv_cache, lowering, told", [("fp16", "portable", "whose caches are fp32"),
                                                       ("fp8", "cpu", "there is no KV cache `fp8`")])
 def test_caches_that_a_lowering_does_not_have_are_refused(
     goldens: Path, kv_cache: str, lowering: str | None, told: str

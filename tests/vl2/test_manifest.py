@@ -68,9 +68,9 @@ def edit(bundle: Path, change) -> None:
 
 
 def test_a_manifest_of_before_quantization_still_opens(bundle: Path) -> None:
-    edit(bundle, lambda content: [content.pop(key) for key in ("lowering", "quantization")])
+    edit(bundle, lambda content: [content.pop(key) for key in LATER])
     manifest = read_manifest(bundle)
-    assert (manifest.lowering, manifest.quantization) == ("portable", None)
+    assert (manifest.lowering, manifest.quantization, manifest.mode) == ("portable", None, "exact")
 
 
 def test_facts_of_the_quantization_survive_writing_and_reading(bundle: Path) -> None:
@@ -109,7 +109,7 @@ def test_an_unknown_schema_version_is_refused(bundle: Path, version: object) -> 
 
 
 # Keys that bundles of before quantization do not have.
-LATER = ("lowering", "quantization")
+LATER = ("lowering", "quantization", "mode")
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Manifest) if f.name not in LATER])

@@ -50,6 +50,8 @@ _OF_CALIBRATION = {name: f"--{name}" for name in ("samples", "tokens", "tolerate
 @click.option("--kv-cache", type=click.Choice(["fp32", "fp16", "int8"]),
               help="How keys and values (or latents) are kept while a bundle runs, fp32 without it; fp16 and int8 take "
                    "less memory a token and need --lowering cpu. `vl2 compare` says what it costs.")
+@click.option("--mode", type=click.Choice(["exact", "fast"]), help="Of the lowering cpu; exact without it. fast rounds "
+              "activations to INT8 before products with packed weights: quicker prompts and images, and an error.")
 @click.option("--keep-checkpoint", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Where the quantized checkpoint of an integer scheme stays, for `vl2 layers` or another bundle.")
 @click.option("--target", help="In place of --budget: the size that a device of `vl2 plan --list-targets` has room "
@@ -77,7 +79,7 @@ def command(checkpoint: str, out: Path | None, scheme: str | None, dry_run: bool
     scheme = "int4" if values["budget"] is not None else scheme
     options = export.ExportOptions(scheme=scheme if scheme in _PLAIN else None, verify=not values.pop("no_verify"),
                                    force=values.pop("force"), lowering=values.pop("lowering"),
-                                   kv_cache=values.pop("kv_cache"))
+                                   kv_cache=values.pop("kv_cache"), mode=values.pop("mode"))
     if scheme is None or scheme in _PLAIN:
         plan, make = lambda: export.plan_export(source, options), lambda: _export(export, source, out, options)
     else:
