@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from vl2.runtime.engine import Context, Engine
+from vl2.runtime.memory import available_bytes
 
 # So many positions are sooner computed again than saved by copying all that comes before them: the prefill of one
 # takes as long as copying some hundred.
@@ -16,7 +17,8 @@ _ANSWER_ROOM = 64
 
 
 class ContextPool:
-    """Contexts that no answer is using, the one used longest ago first; all together at most `limit_bytes`.
+    """Contexts that no answer is using, the one used longest ago first; all together at most `limit_bytes`, and less
+    where the machine has less to give.
 
     A running answer is never stopped for the limit: what it takes on top is given back, the oldest first, when it ends.
     """
@@ -52,7 +54,8 @@ class ContextPool:
             return new
         if best in self._idle:
             # Continued where nothing dear is lost by it, and where there is no memory for both.
-            affordable = best.used_bytes + self._busy_bytes() + needed <= self._limit_bytes
+            both = best.used_bytes + self._busy_bytes() + needed
+            affordable = both <= self._limit_bytes and needed <= available_bytes()
             if best.length - common <= _CHEAP_POSITIONS or (common > _CHEAP_POSITIONS and not affordable):
                 self._idle.remove(best)
                 self._make_room(max(needed, best.used_bytes))
@@ -77,6 +80,6 @@ class ContextPool:
         return sum(context.used_bytes for context in self._busy)
 
     def _make_room(self, needed: int) -> None:
-        """Drops idle contexts, the oldest first, until `needed` more bytes keep the limit or none is left."""
-        while self._idle and self.used_bytes + needed > self._limit_bytes:
+        """Drops idle contexts, the oldest first, until `needed` more bytes keep the limit and are to be had."""
+        while self._idle and (self.used_bytes + needed > self._limit_bytes or needed > available_bytes()):
             self._idle.pop(0)

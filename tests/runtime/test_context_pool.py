@@ -90,6 +90,16 @@ def test_where_memory_is_short_the_shared_prefix_is_continued_in_place(shared_bu
     assert len(model._contexts._idle) == 1
 
 
+def test_a_machine_short_of_memory_keeps_less_than_the_bound_allows(shared_bundle: Path, monkeypatch) -> None:
+    model = pooled(shared_bundle, 3000)
+    model.complete(about(0, "Where is it and what stands beside it on the left of the page?"), SHORT).read()
+    monkeypatch.setattr("vl2.runtime.context_pool.available_bytes", lambda: 100 * POSITION_BYTES)
+    assert model.complete(about(0, "Why?"), SHORT).read().reused_tokens > 93
+    assert len(model._contexts._idle) == 1
+    model.complete([Message("user", "river " * 25)], SHORT).read()
+    assert len(model._contexts._idle) == 1
+
+
 def test_the_conversation_used_longest_ago_goes_first(shared_bundle: Path) -> None:
     model = pooled(shared_bundle, 300)
     first, second, third = ([Message("user", f"{word} " * 25)] for word in ("stone", "river", "cloud"))
