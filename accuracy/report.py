@@ -19,7 +19,7 @@ _NO_PLOTS = "matplotlib is not installed, so this page has no plots: pip install
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; display: block; overflow-x: auto; }
-th, td { border-bottom: 1px solid #ddd; padding: .3rem .7rem; text-align: left; overflow-wrap: anywhere; }
+th, td { border-bottom: 1px solid #ddd; padding: .3rem .7rem; text-align: left; overflow-wrap: break-word; }
 th { background: #f4f4f4; white-space: nowrap; }
 p { max-width: 60rem; } img { max-width: 100%; }
 .BROKEN { color: #b00020; font-weight: bold; }
