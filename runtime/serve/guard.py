@@ -98,8 +98,10 @@ class Guard:
         path = scope["path"] if scope["path"] in self._routes else "other"
         status = _LEFT if seen.status is None else seen.status
         self._metrics.request(path, status)
-        log.info("%s %s %s %s %d %.0f ms", seen.name, scope["state"].get("client", "?"), scope["method"][:20], path,
-                 status, (time.monotonic() - seen.began) * 1e3)
+        # Whoever watches asks for these every few seconds.
+        level = logging.DEBUG if path in ("/health", "/metrics") and status == 200 else logging.INFO
+        log.log(level, "%s %s %s %s %d %.0f ms", seen.name, scope["state"].get("client", "?"), scope["method"][:20],
+                path, status, (time.monotonic() - seen.began) * 1e3)
 
 
 class _Seen:

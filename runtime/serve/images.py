@@ -14,6 +14,8 @@ from vl2.runtime.serve.api_error import ApiError, refused
 # Pillow opens many more, some of them by starting other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _ANIMATED = ("PNG", "WEBP", "GIF")
+# Each scan of a progressive JPEG goes over all pixels, and takes a few bytes; photographs have about ten.
+_SCAN, _MOST_SCANS = b"\xff\xda", 100
 
 
 def check_images(encoded: Sequence[bytes], most_pixels: int, geometry: ImageGeometry) -> None:
@@ -50,6 +52,8 @@ def _size(content: bytes, name: str) -> tuple[int, int]:
             size, animated = image.size, image.format in _ANIMATED and getattr(image, "is_animated", False)
     except Exception as error:  # as in decode
         raise _unreadable(name, error) from error
+    if content.startswith(b"\xff\xd8") and content.count(_SCAN) > _MOST_SCANS:
+        raise ApiError(400, f"{name} is a JPEG of more than {_MOST_SCANS} scans", "messages")
     if animated:
         raise ApiError(400, f"{name} is animated, expected one picture (send the frame that is meant)", "messages")
     return size

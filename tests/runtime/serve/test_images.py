@@ -58,6 +58,7 @@ BAD = {
     "PDF": (b"%PDF-1.4", "unknown or broken"),
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "unknown or broken"),
     "TIFF": (saved(RED, "TIFF"), "unknown or broken"),
+    "JPEG of 101 scans": (saved(RED, "JPEG") + b"\xff\xda" * 100, "more than 100 scans"),
     "header only": (b"\x89PNG\r\n\x1a\n", "unknown or broken"),
 }
 
