@@ -25,7 +25,7 @@ from vl2.runtime.serve.server import Server
 from vl2.runtime.serve.settings import ServeSettings
 
 CHAT = "/v1/chat/completions"
-PATIENCE = 20  # seconds after which a test gives up on an event that should come at once
+PATIENCE = 60  # seconds after which a test gives up on an event that should come at once
 
 
 class GatedBackend(NumpyBackend):

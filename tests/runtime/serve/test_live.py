@@ -104,8 +104,8 @@ def test_a_client_that_leaves_frees_the_worker_and_its_place_in_the_queue(live, 
     wait_until(lambda: worker.running() == 0)
     # The run that stood at the gate ends, and after it no token is computed for nobody.
     assert len(backend.runs) - before <= 2
-    assert httpx.post(url + CHAT, json=question()).status_code == 200
-    assert 'status="499"} 2.0' in httpx.get(url + "/metrics").text
+    assert httpx.post(url + CHAT, json=question(), timeout=PATIENCE).status_code == 200
+    assert 'status="499"} 2.0' in httpx.get(url + "/metrics", timeout=PATIENCE).text
 
 
 def test_pieces_arrive_while_the_answer_is_made(live) -> None:
@@ -121,7 +121,7 @@ def test_pieces_arrive_while_the_answer_is_made(live) -> None:
 
 
 def service_is_busy(url: str) -> bool:
-    return httpx.get(f"{url}/health").json()["running"] == 1
+    return httpx.get(f"{url}/health", timeout=PATIENCE).json()["running"] == 1
 
 
 def test_a_connection_without_a_request_is_closed(live, shared_bundle: Path, monkeypatch) -> None:
@@ -173,7 +173,8 @@ def test_the_verb_answers_as_vl2_run_and_ends_in_order_on_sigterm(process, share
     assert served["choices"][0]["message"]["content"] + "\n" == run.stdout
     answered = []
     long = {"messages": [user("x")], "max_tokens": 200}
-    asking = threading.Thread(target=lambda: answered.append(httpx.post(url + CHAT, json=long, headers=headers)))
+    asking = threading.Thread(target=lambda: answered.append(
+        httpx.post(url + CHAT, json=long, headers=headers, timeout=PATIENCE)))
     asking.start()
     wait_until(lambda: service_is_busy(url) or answered)
     started.send_signal(signal.SIGTERM)
