@@ -1,12 +1,12 @@
 """What a checkpoint or a bundle is, read from its JSON files and tensor headers; no weight is loaded."""
 
-import hashlib
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 from vl2.config import ModelConfig, load_config
 from vl2.errors import VL2Error
+from vl2.file_hashes import sha256_of
 from vl2.json_file import read_json
 from vl2.manifest import Manifest, read_manifest
 from vl2.modules import module_of
@@ -53,11 +53,11 @@ def _checkpoint_facts(path: Path, config: ModelConfig, hashes: bool) -> dict[str
         "size_bytes": sum(module["size_bytes"] for module in modules.values()),
         "modules": {name: {**module, "dtypes": dict(module["dtypes"])} for name, module in sorted(modules.items())},
         "files": {file.name: {"size_bytes": file.stat().st_size} for file in files},
-        "config_sha256": _sha256(path / "config.json"),
+        "config_sha256": sha256_of(path / "config.json"),
     }
     if hashes:
         for file in files:
-            facts["files"][file.name]["sha256"] = _sha256(file)
+            facts["files"][file.name]["sha256"] = sha256_of(file)
     return facts
 
 
@@ -90,19 +90,6 @@ def _count(shape: tuple[int, ...]) -> int:
     for side in shape:
         count *= side
     return count
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") \
-            else _sha256_by_blocks(stream)
-
-
-def _sha256_by_blocks(stream: Any) -> str:
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def describe(facts: dict[str, Any]) -> str:
