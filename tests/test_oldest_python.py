@@ -10,6 +10,6 @@ FOLDERS = "vl2 runtime accuracy model calib quant plugins layerwise export nano 
 
 def test_no_file_uses_what_came_after_python_3_10() -> None:
     assert 'requires-python = ">=3.10"' in (ROOT / "pyproject.toml").read_text()
-    checked = subprocess.run([Path(sys.executable).with_name("vermin"), "-t=3.10-", "--violations", "--no-tips", *FOLDERS],
-                             cwd=ROOT, capture_output=True, text=True)
+    command = [Path(sys.executable).with_name("vermin"), "-t=3.10-", "--violations", "--no-tips", *FOLDERS]
+    checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout + checked.stderr

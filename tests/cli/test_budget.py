@@ -24,8 +24,8 @@ from vl2.quant.recipe import OuterParts, assign_schemes, read_recipe
 from vl2.quant.source import Source
 
 TINY = GOLDENS / "tiny-mini"
-# Headers, graphs and gaps are counted from above: graphs 6 to 8 % too large, and they are up to a sixth of these bundles;
-# each of a few hundred weights begins at a page.
+# Headers, graphs and gaps are counted from above: graphs 6 to 8 % too large, and they are up to a sixth of these
+# bundles; each of a few hundred weights begins at a page.
 CHECKPOINT_SLACK, BUNDLE_SLACK = 0.01, 0.05
 # Losses add up to first order; what is left are tokens whose experts change, and errors that meet and cancel. Measured:
 # 0.56 to 1.0 of the prediction.
