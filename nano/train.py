@@ -53,8 +53,8 @@ AVERAGING = 0.997  # of the weights over steps; the average is what is shipped
 class Plan:
     """What is trained and for how long; steps are batches (CROP_PLAN says how many pages each has).
 
-    One run took these values (`dense_every` 3 before step 2200): docs/results.md has what it reached. The shipped
-    weights were trained for longer and steered by hand, see their card.
+    One run took these values (`dense_every` 3 before step 2200), and the shipped weights are those of a second one that
+    went on from it: `make nano` has both commands, docs/results.md what they reached.
     """
 
     variant: str = "mha"
@@ -102,12 +102,22 @@ class Trainer:
         self.shape = Shape.from_config(config_dict(plan.variant))
         shapes = {**parameter_shapes(self.shape), **auxiliary_shapes(self.shape)}
         values = initial_values(shapes, plan.seed)
-        if start is not None:
+        run = start is not None and (start / "state.pt").is_file()
+        if start is not None and not run:
             values |= training_values(start, shapes)
         self.parameters = FlatParameters(values)
         self.master = torch.nn.Parameter(self.parameters.master)
         self.average = self.parameters.master.clone()
         self.optimizer = Muon(self.master, self.parameters.sizes, plan.weight_decay)
+        if run:
+            self._go_on(torch.load(start / "state.pt", weights_only=True))
+
+    def _go_on(self, state: dict) -> None:
+        """From the weights of another run, its training-only heads included; step and optimizer begin anew."""
+        self.pages, self.seconds = state["pages"], state["seconds"]
+        self.master.data.copy_(state["master"])
+        self.average.copy_(state["average"])
+        self.parameters.refresh()
 
     def save(self) -> None:
         """Writes DIR/state.pt beside and renames it into place."""
@@ -196,7 +206,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Resources:
-    """workers: rendering processes; helper: a second process adds gradients; start: checkpoint to go on from."""
+    """workers: rendering processes; helper: a second process adds gradients; start: run or checkpoint to go on from."""
 
     workers: int = 1
     helper: bool = False
@@ -240,7 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for state, log and the final checkpoint")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1, help="processes that render pages")
-    parser.add_argument("--start", type=Path, help="checkpoint to go on from, with --tower-steps 0 --easy-steps 0")
+    parser.add_argument("--start", type=Path, help="a run to go on from, its heads included, or a checkpoint")
     parser.add_argument("--helper", action="store_true", help="a second process adds gradients")
     for field in dataclasses.fields(Plan):
         kind = type(field.default)
