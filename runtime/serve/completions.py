@@ -26,6 +26,8 @@ from vl2.runtime.serve.worker import Job, Outcome, Worker
 _MOST_CHARACTERS = 262_144
 # Fetching waits for other hosts; in threads of its own it holds up no request without such images.
 _FETCHES = 4
+# A thread holds one body as JSON, text and images; asyncio's own pool would have four more than there are cores.
+_PARSERS = 2
 
 
 class Completions:
@@ -36,13 +38,14 @@ class Completions:
         self._reader = RequestReader(settings)
         self._pending = PendingBytes(settings.limits.pending_bytes)
         self._fetchers = ThreadPoolExecutor(_FETCHES, "vl2-fetch")
+        self._parsers = ThreadPoolExecutor(_PARSERS, "vl2-parse")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises ApiError before anything is sent; after that errors go into the stream."""
         with self._pending.account() as account:
             body = await read_body(Headers(scope=scope), receive, self._settings.limits, account)
             loop = asyncio.get_running_loop()
-            request = await loop.run_in_executor(None, self._reader.read, body)
+            request = await loop.run_in_executor(self._parsers, self._reader.read, body)
             del body
             images = await self._images(request, account)
             job = Job(scope["state"]["name"], scope["state"]["client"], request.turns, images, request.options,
@@ -62,7 +65,7 @@ class Completions:
             check_images(images, self._settings.limits.pixels, self._geometry)
             return images
 
-        images = await loop.run_in_executor(self._fetchers if remote else None, load)
+        images = await loop.run_in_executor(self._fetchers if remote else self._parsers, load)
         account.add(sum(map(len, images)))
         return images
 
