@@ -196,7 +196,7 @@ def test_an_interrupted_export_of_codes_goes_on_and_gives_the_same_files(
         if stage == "decoder weights":
             raise Killed
 
-    folder, options = quantized_of(goldens / "tiny-mini", "int4"), ExportOptions(verify=False)
+    folder, options = quantized_of(goldens / "tiny-mini", "int4"), ExportOptions(verify=False, lowering="ort")
     with pytest.raises(Killed):
         export_checkpoint(folder, tmp_path / "bundle", options, progress)
     assert (tmp_path / ".bundle.partial" / "vision.data").exists() and not (tmp_path / "bundle").exists()
