@@ -15,7 +15,7 @@ test: $(VENV)/.installed
 nano: $(VENV)/.installed
 	$(VENV)/bin/python -m vl2.nano.train --out runs/first
 	$(VENV)/bin/python -m vl2.nano.train --out runs/second --start runs/first --seed 1 \
-		--tower-steps 900 --easy-steps 0 --steps 4200 --decay-steps 1900
+		--tower-steps 900 --easy-steps 0 --steps 4000 --decay-steps 1700
 
 # torch is named first and exactly, so that no other package chooses its build.
 $(VENV)/.installed: pyproject.toml
