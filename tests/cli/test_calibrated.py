@@ -133,11 +133,15 @@ def test_four_images_starve_experts_but_leave_no_nan_and_no_scale_out(quantized,
     assert divergence(GOLDENS / name, out, calibration) <= divergence(GOLDENS / name, rounded, calibration)
 
 
-def test_a_trained_model_calibrated_on_four_images_is_no_worse_than_rounded_on_others(quantized, tmp_path) -> None:
-    """The default method on vl2-nano, whose experts it leaves short of tokens; measured on unseen documents."""
-    out, unseen = quantized(NANO, "awq+gptq", 4)[1], calibrate(NANO, tmp_path / "unseen", samples=4, seed=1)
+@pytest.mark.parametrize("images", [4, 1])
+def test_a_trained_model_calibrated_on_few_images_is_no_worse_than_rounded_on_others(
+    quantized, tmp_path: Path, images: int
+) -> None:
+    """The default method on vl2-nano, measured on unseen documents; one image leaves its experts short of tokens."""
+    out, unseen = quantized(NANO, "awq+gptq", images)[1], calibrate(NANO, tmp_path / "unseen", samples=4, seed=1)
     facts = json.loads((out / "quantization.json").read_text())
-    assert facts["calibration"]["images"] == 4 and facts["leaning_experts"], "no expert was short of tokens"
+    assert facts["calibration"]["images"] == images
+    assert images > 1 or facts["leaning_experts"], "no expert was short of tokens"
     made = QuantizedCheckpoint(out)
     scales = [made.quantized(module).scales for module, form in made.forms.items() if form is not None]
     assert all(bool(scale.isfinite().all()) and bool((scale > 0).all()) for scale in scales)
