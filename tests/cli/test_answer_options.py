@@ -8,7 +8,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from tests.runtime.small_bundle import build_bundle
-from vl2.cli import chat, run
+from vl2.cli import cli
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def image(tmp_path: Path) -> Path:
 
 def vl2_run(bundle: Path, *options: object) -> Result:
     given = [str(option) for option in ("--prompt", "What is shown?", "--device", "cpu", *options)]
-    return CliRunner().invoke(run.command, [str(bundle), *given])
+    return CliRunner().invoke(cli, ["run", str(bundle), *given])
 
 
 def test_an_answer_matches_the_pattern_that_was_given(bundle: Path) -> None:
@@ -79,5 +79,5 @@ def test_the_guard_is_told_on_stderr_and_can_be_switched_off(bundle: Path, monke
 
 def test_chat_takes_the_same_options(bundle: Path, image: Path, tmp_path: Path) -> None:
     given = [bundle, "--device", "cpu", "--image", image, "--regex", "[a-z]{4}", "--cache", tmp_path / "c"]
-    done = CliRunner().invoke(chat.command, [str(option) for option in given], input="What?\nAnd?\n")
+    done = CliRunner().invoke(cli, ["chat", *map(str, given)], input="What?\nAnd?\n")
     assert [len(line) for line in done.stdout.split()] == [4, 4] and any((tmp_path / "c" / "images").iterdir())

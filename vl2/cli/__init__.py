@@ -28,7 +28,11 @@ class VerbGroup(click.Group):
         return importlib.import_module(f"vl2.cli.{name}").command if name in VERBS else None
 
 
-@click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
+# For `vl2` and for `vl2-export`, which has no group above it.
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+@click.group(cls=VerbGroup, context_settings=_SETTINGS)
 @click.version_option(__version__, prog_name="vl2")
 def cli() -> None:
     """Export DeepSeek-VL2 and run it where there is no data centre."""
@@ -38,7 +42,7 @@ def run_command(command: click.Command, name: str, arguments: list[str] | None =
     """Exit code of a command: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Errors go to stderr."""
     state = {"debug": False}
     try:
-        code = command.main(arguments, prog_name=name, standalone_mode=False, obj=state)
+        code = command.main(arguments, prog_name=name, standalone_mode=False, obj=state, **_SETTINGS)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.ClickException as error:
