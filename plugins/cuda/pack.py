@@ -1,0 +1,141 @@
+"""The compiled kernels: one cubin or PTX an architecture, made by nvcc (or NVRTC) once and kept by content.
+
+    python -m vl2.plugins.cuda.pack [--arch sm_87 …]      compile and print registers, spills and bytes of every kernel
+
+A cubin runs on its own architecture; the PTX of `compute_80` is compiled by the driver of any GPU from 8.0 on. PTX of
+CUDA 13 needs a CUDA 13 driver: JetPack 6.2 takes a cubin or the PTX 8.5 that `nvidia-cuda-nvrtc-cu12==12.6.77` writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from vl2.errors import VL2Error
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_110", "sm_120", "sm_121", "compute_80")
+FOLDER = Path(__file__).parent
+# Relative to plugins/, compiled together as one translation unit.
+SOURCES = ("experts/routing.cu", "linear/linear.cu", "experts/decode.cu")
+INCLUDES = tuple(flag for name in ("cuda", "linear", "experts") for flag in ("-I", str(FOLDER.parent / name)))
+FLAGS = ("-std=c++17", "-O3")
+_RESOURCES = re.compile(r"Compiling entry function '(\w+)' for '\w+'.*?(\d+) bytes stack frame, (\d+) bytes spill "
+                        r"stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.DOTALL)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas says of a kernel: registers a thread, bytes of stack and of spills."""
+
+    kernel: str
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+
+
+@dataclass(frozen=True)
+class Pack:
+    """image: a cubin or, for `compute_80`, PTX text ending in NUL; resources: empty for PTX."""
+
+    arch: str
+    image: bytes
+    resources: tuple[Resources, ...]
+
+
+def pack_hash() -> str:
+    """Of every source and flag; a bundle's manifest records it for the engines that need these kernels."""
+    digest = hashlib.sha256(repr(FLAGS).encode())
+    for path in (FOLDER / "device.cuh", *headers(), *(FOLDER.parent / name for name in SOURCES)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def headers() -> tuple[Path, ...]:
+    """The .cuh files beside the kernels, in one order."""
+    return tuple(sorted({path for name in SOURCES for path in (FOLDER.parent / name).parent.glob("*.cuh")}))
+
+
+def load(arch: str, cache: Path | None = None) -> Pack:
+    """The pack of an architecture, from the cache or compiled now.
+
+    Raises VL2Error on an architecture that is not in ARCHITECTURES, without nvcc, and where nvcc fails or spills.
+    """
+    if arch not in ARCHITECTURES:
+        raise VL2Error(f"there is no kernel pack for `{arch}`, expected one of {', '.join(ARCHITECTURES)}",
+                       "a GPU of another architecture from 8.0 on takes `compute_80`, compiled by its driver")
+    folder = cache or cache_folder()
+    image, log = (folder / f"{pack_hash()[:32]}-{arch}{suffix}" for suffix in (".image", ".log"))
+    if not (image.is_file() and log.is_file()):
+        folder.mkdir(parents=True, exist_ok=True)
+        _compile(arch, image, log)
+    resources = read_resources(log.read_text())
+    for one in resources:
+        if one.spill_bytes or one.stack_bytes:
+            raise VL2Error(f"`{one.kernel}` spills {one.spill_bytes} bytes on {arch}, expected none",
+                           "take the nvcc that plugins/cuda/README.md names; others allot registers otherwise")
+    return Pack(arch, image.read_bytes(), resources)
+
+
+def cache_folder() -> Path:
+    """Where compiled packs are kept: `vl2/cuda` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vl2" / "cuda"
+
+
+def read_resources(log: str) -> tuple[Resources, ...]:
+    """From the text of `ptxas -v`, in the order of names."""
+    found = (
+        Resources(name, int(used), int(stack), int(stores) + int(loads))
+        for name, stack, stores, loads, used in _RESOURCES.findall(log)
+    )
+    return tuple(sorted(found, key=lambda one: one.kernel))
+
+
+def find_nvcc() -> str | None:
+    """nvcc on the path, in CUDA's folder, or of the wheel nvidia-cuda-nvcc in this Python."""
+    wheel = Path(sys.prefix, "lib", f"python3.{sys.version_info.minor}", "site-packages/nvidia/cu13/bin/nvcc")
+    places = (Path("/usr/local/cuda/bin/nvcc"), wheel)
+    return shutil.which("nvcc") or next((str(path) for path in places if path.is_file()), None)
+
+
+def _compile(arch: str, image: Path, log: Path) -> None:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise VL2Error(f"the CUDA kernels for {arch} are not compiled yet, and nvcc is not on this machine",
+                       "install CUDA's toolkit (on a Jetson `sudo apt install cuda-nvcc-12-6`, or your JetPack's), "
+                       "or `pip install nvidia-cuda-nvcc nvidia-cuda-runtime`")
+    with tempfile.TemporaryDirectory(dir=image.parent) as work:
+        whole, made = Path(work, "pack.cu"), Path(work, "image")
+        whole.write_text("".join(f'#include "{FOLDER.parent / name}"\n' for name in SOURCES))
+        kind = "-ptx" if arch.startswith("compute") else "-cubin"
+        command = [nvcc, *FLAGS, kind, f"-arch={arch}", "-Xptxas", "-v", *INCLUDES, "-o", str(made), str(whole)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise VL2Error(f"nvcc failed on the kernel pack for {arch}:\n{done.stderr.strip()[-2000:]}",
+                           f"CUDA 12.8 knows sm_120, CUDA 13 sm_110 and sm_121; command: `{' '.join(command)}`")
+        if kind == "-ptx":
+            made.write_bytes(made.read_bytes() + b"\0")
+        (Path(work) / "log").write_text(done.stderr)
+        os.replace(Path(work) / "log", log)
+        os.replace(made, image)
+
+
+def main(arguments: list[str]) -> None:
+    """Compiles the packs of the architectures named (all by default) and prints a table."""
+    wanted = [name for name in arguments if not name.startswith("--")] or ARCHITECTURES
+    packs = [load(arch) for arch in wanted]
+    print(f"{'kernel':34}", *(f"{pack.arch:>8}" for pack in packs if pack.resources))
+    columns = [{one.kernel: one.registers for one in pack.resources} for pack in packs if pack.resources]
+    for name in columns[0] if columns else ():
+        print(f"{name:34}", *(f"{column[name]:8}" for column in columns))
+    print(f"{'image, bytes':34}", *(f"{len(pack.image):8}" for pack in packs))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
