@@ -16,6 +16,7 @@ from vl2.errors import VL2Error
 from vl2.export.checkpoint import Checkpoint, open_checkpoint
 from vl2.export.choice import ExportOptions, bundle_scheme, choose_storing, quantization_facts
 from vl2.export.embeddings import FILE_NAME, embeddings_facts, embeddings_header, place_embeddings
+from vl2.export.engine_graph import engine_graphs
 from vl2.export.facts import (
     copied_contents,
     copied_files,
@@ -31,11 +32,11 @@ from vl2.export.plan import plan_checkpoint
 from vl2.export.resident import check_memory
 from vl2.export.source_hashes import hashed_in_background
 from vl2.export.staging import Staging, check_place, check_space, open_staging
-from vl2.export.storing import Storing
+from vl2.export.storing import TRT, Storing
 from vl2.export.stream import write_weights
 from vl2.export.to_onnx import PACKED_OPSET, build_graph, check_graph
 from vl2.export.verify import verify_bundle
-from vl2.manifest import FileFacts, Manifest, ModuleFacts, Source, file_facts, write_manifest
+from vl2.manifest import FileFacts, Graph, Manifest, ModuleFacts, Source, file_facts, write_manifest
 from vl2.quantization import DESCRIPTION_NAME
 
 # stage, bytes done, bytes in all
@@ -82,7 +83,7 @@ def export_checkpoint(
 
 def _write_bundle(job: Job, hashes: Future) -> Manifest:
     staging, checkpoint = job.staging, job.checkpoint
-    declared = declare_graphs(checkpoint.config, job.storing.kv_cache)
+    declared = _declared(job)
     parts = {name: staging.part(name) or _write_graph(job, name) for name in declared}
     parts["embeddings"] = staging.part("embeddings") or _write_embeddings(job)
     parts["copies"] = _copy_files(job)
@@ -99,7 +100,7 @@ def _write_bundle(job: Job, hashes: Future) -> Manifest:
         embeddings=embeddings_facts(placed),
         files={name: FileFacts(**facts) for part in parts.values() for name, facts in part["files"].items()},
         modules=_sum_modules(parts.values()),
-        tools=tool_versions(PACKED_OPSET) if checkpoint.quantized else tool_versions(),
+        tools=tool_versions(PACKED_OPSET) if checkpoint.quantized and not _is_engine(job) else tool_versions(),
         conversion={"underflow": _merged(part.get("underflow", {}) for part in parts.values())},
         verify={"status": "skipped"},
         lowering=job.storing.lowering,
@@ -113,8 +114,17 @@ def _write_bundle(job: Job, hashes: Future) -> Manifest:
     return manifest
 
 
+def _declared(job: Job) -> dict[str, Graph]:
+    graphs = declare_graphs(job.checkpoint.config, job.storing.kv_cache)
+    return engine_graphs(graphs) if _is_engine(job) else graphs
+
+
+def _is_engine(job: Job) -> bool:
+    return job.storing.lowering == TRT
+
+
 def _write_graph(job: Job, name: str) -> dict[str, Any]:
-    graph = declare_graphs(job.checkpoint.config, job.storing.kv_cache)[name]
+    graph = _declared(job)[name]
     data = DataFile(graph.data_file, job.storing)
     job.progress(f"{name} graph", 0, 1)
     model, placed = build_graph(name, job.checkpoint.config, data)
@@ -122,7 +132,7 @@ def _write_graph(job: Job, name: str) -> dict[str, Any]:
     record = _write_weights(job, name, graph.data_file, placed)
     path = job.staging.folder / graph.file
     ir.save(model, path)
-    check_graph(path, graph)
+    check_graph(path, graph, placed)
     files = {graph.file: asdict(file_facts(path)), **record.pop("files")}
     return job.staging.finish(name, files, record)
 
@@ -141,7 +151,7 @@ def _write_weights(job: Job, stage: str, file: str, placed: list[PlacedWeight]) 
         done += block_bytes
         job.progress(f"{stage} weights", done, total)
 
-    header = embeddings_header(placed) if file == FILE_NAME else b""
+    header = embeddings_header(placed) if file.endswith(".safetensors") else b""
     written = write_weights(job.staging.folder / file, header, placed, job.checkpoint, report)
     modules = {name: asdict(facts) for name, facts in module_facts(placed, job.checkpoint).items()}
     return {"files": {file: asdict(written.facts)}, "underflow": written.underflow, "modules": modules}

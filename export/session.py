@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from vl2.export.engine_emulation import EmulatedSession
 from vl2.manifest import Manifest
 from vl2.operators import register_operators
 
@@ -19,7 +20,11 @@ class GraphSession:
     """Runs a graph with its weights memory-mapped."""
 
     def __init__(self, folder: Path, manifest: Manifest, name: str):
-        graph = manifest.graphs[name]
+        graph = self._graph = manifest.graphs[name]
+        if manifest.lowering == "trt":
+            weights = folder / graph.data_file if name == "decoder" else None
+            self._session = EmulatedSession(folder / graph.file, weights)
+            return
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         # A packed copy of float32 weights would take their size again, on top of the map. MatMulNBits reads packed
@@ -30,7 +35,6 @@ class GraphSession:
         # an arena would keep the largest step's memory for as long as the session lives
         options.enable_cpu_mem_arena = False
         self._session = onnxruntime.InferenceSession(str(folder / graph.file), options, ["CPUExecutionProvider"])
-        self._graph = graph
 
     def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """Outputs in the order of the graph, for inputs in its order."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vl2.errors import VL2Error
+from vl2.export.engine_storage import row_storage
 from vl2.export.graphs import KV_CACHES
 from vl2.export.native_storage import NativeStorage, native_storage
 from vl2.export.packed_storage import (
@@ -19,9 +20,9 @@ from vl2.export.schemes import FLOAT16, FLOAT32, ROUTER, Storage, storage_of
 from vl2.operators import library_path
 from vl2.quantization import Form
 
-PORTABLE, ORT, CPU = "portable", "ort", "cpu"
+PORTABLE, ORT, CPU, TRT = "portable", "ort", "cpu", "trt"
 EXACT, FAST = "exact", "fast"
-LOWERINGS = (PORTABLE, ORT, CPU)
+LOWERINGS = (PORTABLE, ORT, CPU, TRT)
 
 # Uses of a weight. FLOATS: as numbers, widened where they are stored narrower.
 FLOATS = "floats"
@@ -29,6 +30,7 @@ DEQUANTIZE = "dequantize"  # DequantizeLinear
 MULTIPLY = "multiply"  # Cast, then Mul by the scales: for matrices that many rows meet at once
 NBITS = "nbits"  # com.microsoft MatMulNBits
 NATIVE = "native"  # the operator library of plugins/
+ROWS = "rows"  # the plugins of engines
 
 _EMBEDDINGS = "language.embed_tokens.weight"
 # Not a Linear in the graph: read by head, as W_k and W_v, in a batched MatMul.
@@ -59,6 +61,8 @@ class Storing:
             return FLOATS
         if self.lowering == PORTABLE or parameter == _EMBEDDINGS:
             return DEQUANTIZE
+        if self.lowering == TRT:
+            return FLOATS if parameter.startswith(_MANY_ROWS) or parameter.endswith(_BY_HEAD) else ROWS
         if parameter.endswith(_BY_HEAD):
             return FLOATS
         if form.bits == 8 and parameter.startswith(_MANY_ROWS):
@@ -80,12 +84,23 @@ class Storing:
                                "use --scheme fp16, int8 or int4, or --lowering portable")  # fmt: skip
             return native_storage(parameter, shape, self.forms, self.scales)
         if use == FLOATS:
+            if self.lowering == TRT:
+                return [self._half(parameter, shape)]
             # codes times scales have up to 19 bits, which float16 does not hold
             return [FLOAT32 if parameter in self.forms else storage_of(parameter, shape, self.scheme)]
         form, scales = self.forms[parameter], self.scales.get(parameter, FLOAT16)
+        if use == ROWS:
+            return row_storage(parameter, shape, form, scales)
         if use == NBITS:
             return blobs_and_scales(Packing(form, shape[-1], block_for(form, shape[-1])), scales)
         return codes_and_scales(Packing(form, shape[-1]), scales)
+
+    def _half(self, parameter: str, shape: tuple[int, ...]) -> Storage:
+        """Of floats in engines, whose matrices are float16 whatever they were."""
+        if self.scheme != "fp16":
+            raise VL2Error(f"the lowering `trt` holds codes and float16; the scheme `{self.scheme}` was asked for",
+                           "use --scheme fp16, int8 or int4, or --lowering portable")  # fmt: skip
+        return storage_of(parameter, shape, self.scheme)
 
     def size_bytes(self, parameter: str) -> int:
         """Bytes of a parameter in the data file, without gaps."""
@@ -135,6 +150,11 @@ def check_kv_cache(kv_cache: str | None, lowering: str) -> str | None:
         raise VL2Error(f"there is no KV cache `{kv_cache}`", f"choose one of {', '.join(KV_CACHES)}")
     if lowering == CPU:
         return KV_CACHES[kv_cache or "fp32"]
+    if lowering == TRT and kv_cache in (None, "fp16"):
+        return KV_CACHES["fp16"]
+    if lowering == TRT:
+        raise VL2Error(f"the KV cache `{kv_cache}` was asked for with the lowering `trt`, whose caches are fp16",
+                       "leave --kv-cache out")
     if kv_cache not in (None, "fp32"):
         raise VL2Error(f"the KV cache `{kv_cache}` was asked for with the lowering `{lowering}`, whose caches are fp32",
                        "give --lowering cpu as well, or leave --kv-cache out")  # fmt: skip

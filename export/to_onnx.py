@@ -9,11 +9,12 @@ import onnx_ir as ir
 
 from vl2.config import ModelConfig
 from vl2.export.assemble import assemble
+from vl2.export.engine_graph import build_engine_graph, weight_ports
 from vl2.export.lowering import cpu, portable
 from vl2.export.passes.arrange_weights import arrange_weights
 from vl2.export.passes.store_weights import DataFile, PlacedWeight, all_graphs, store_weights
 from vl2.export.passes.use_packed import MICROSOFT
-from vl2.export.storing import CPU
+from vl2.export.storing import CPU, TRT
 from vl2.manifest import Graph
 
 # What onnxruntime 1.20 reads, with opsets 20 and 21.
@@ -24,6 +25,10 @@ PACKED_OPSET = 21
 
 def build_graph(name: str, config: ModelConfig, data: DataFile) -> tuple[ir.Model, list[PlacedWeight]]:
     """The model of a graph, without data, and its weights in the order of the data file."""
+    if data.storing.lowering == TRT:
+        model, placed = build_engine_graph(name, config, data)
+        _finish(model)
+        return model, placed
     native = data.storing.lowering == CPU
     traced = assemble(name, config, data.storing.kv_cache)
     arrange_weights(traced.model, traced.weights)
@@ -53,14 +58,17 @@ def _finish(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def check_graph(path: Path, graph: Graph) -> None:
+def check_graph(path: Path, graph: Graph, placed: list[PlacedWeight]) -> None:
     """onnx.checker and shape inference on the written file, its weights in place, and the ports as declared.
+
+    Weights that are inputs stand behind the others.
 
     Failures are defects of the exporter, not of the user's files.
     """
     onnx.checker.check_model(str(path), full_check=True)
     proto = onnx.load(str(path), load_external_data=False)
-    for ports, values in ((graph.inputs, proto.graph.input), (graph.outputs, proto.graph.output)):
+    weights = weight_ports(placed) if len(proto.graph.input) > len(graph.inputs) else ()
+    for ports, values in (((*graph.inputs, *weights), proto.graph.input), (graph.outputs, proto.graph.output)):
         found = [(value.name, _sides(value)) for value in values]
         assert found == [(port.name, port.shape) for port in ports], f"{path} has the ports {found}"
 

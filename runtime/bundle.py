@@ -29,6 +29,9 @@ def open_bundle(path: str | os.PathLike, options: BundleOptions | None = None) -
     """
     folder, options = Path(path), options or BundleOptions()
     manifest = read_manifest(folder)
+    if manifest.lowering == "trt":
+        raise VL2Error(f"{folder} has the lowering `trt`: engines are built of it, and this vl2 does not run them yet",
+                       "export the checkpoint without --lowering to run it here; `vl2 engine` builds the engines")
     check_sizes(folder, manifest)
     check_ports(manifest)
     if options.check_memory:

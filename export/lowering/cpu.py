@@ -15,7 +15,7 @@ from vl2.plugins.experts import moe
 from vl2.plugins.native.layout import Layout
 
 # Attributes of vl2::Experts that the traced node has under the names of the configuration.
-_RENAMED = {"num_experts_per_tok": "top_k"}
+EXPERTS_RENAMED = {"num_experts_per_tok": "top_k"}
 
 
 def lower(traced: TracedGraph, storing: Storing) -> TracedGraph:
@@ -75,7 +75,7 @@ class ExpertsLowering:
         experts, inner, hidden = gate.shape
         attributes = {"hidden_size": hidden, "inner_size": inner, "experts": experts,
                       "mode": self._read.storing.mode}  # fmt: skip
-        attributes |= {_RENAMED.get(name, name): _value(node.attributes[name]) for name in moe.RULE}
+        attributes |= {EXPERTS_RENAMED.get(name, name): _value(node.attributes[name]) for name in moe.RULE}
         attributes |= _form("", self._read.layout(gate)) | _form("down_", self._read.layout(down))
         if shared is not None:
             shared_down = given["shared_down_proj"]

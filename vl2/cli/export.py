@@ -43,10 +43,10 @@ _OF_CALIBRATION = {name: f"--{name}" for name in ("samples", "tokens", "tolerate
 @click.option("--no-calib", is_flag=True, help="Quantize without calibration.")
 @quantization_options
 @sampling_options
-@click.option("--lowering", type=click.Choice(["ort", "cpu", "portable"]),
+@click.option("--lowering", type=click.Choice(["ort", "cpu", "portable", "trt"]),
               help="cpu: vl2's operator library, for CPUs, the default for packed weights; ort: onnxruntime's own "
                    "operators for them, the default where CUDA is offered or the library was not built; portable: "
-                   "standard ONNX, the default for all else.")
+                   "standard ONNX, the default for all else; trt: what `vl2 engine` builds TensorRT engines of.")
 @click.option("--kv-cache", type=click.Choice(["fp32", "fp16", "int8"]),
               help="How keys and values (or latents) are kept while a bundle runs, fp32 without it; fp16 and int8 take "
                    "less memory a token and need --lowering cpu. `vl2 compare` says what it costs.")
