@@ -18,7 +18,8 @@ SOURCES = sorted(path.as_posix() for path in Path("plugins").glob("*/*.cc"))
 HEADERS = sorted(path.as_posix() for path in Path("plugins").glob("*/*.h"))
 SUPPORTED = platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64")
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-math-errno",
-         "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+         "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized",
+         *os.environ.get("CXXFLAGS", "").split()]  # the last word is the user's
 
 
 class BuildLibrary(build_ext):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 
 import onnx_ir as ir
 import torch
+from torch import nn
 
 from vl2.config import ModelConfig
 from vl2.export.graphs import declare_graphs
@@ -33,13 +35,14 @@ def assemble(name: str, config: ModelConfig, kv_cache: str | None = None) -> Tra
     with torch.device("meta"):
         model = DeepseekVL2(config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    # what is traced does not depend on how weights are stored
-    kinds = _trace_kinds(name, replace(config, quantization_config=None), kv_cache)
     graph = declare_graphs(config, kv_cache)[name]
     inputs = [_input(port) for port in graph.inputs]
     values, weights = {value.name: value for value in inputs}, {}
     whole = ir.Graph(inputs, [], nodes=[], opset_imports={"": OPSET, DOMAIN: 1}, name=graph.file.partition(".")[0])
+    kinds: dict[str, ir.Graph] = {}
     for number, piece in enumerate(pieces_of(name, model, kv_cache)):
+        if piece.kind not in kinds:
+            kinds[piece.kind] = _traced(_kind(name, config, piece, kv_cache is not None))
         copy = kinds[piece.kind].clone()
         _connect(copy, [values[port.name] for port in piece.inputs])
         _share_weights(copy, whole, weights, _model_names(piece, names))
@@ -50,17 +53,31 @@ def assemble(name: str, config: ModelConfig, kv_cache: str | None = None) -> Tra
     return TracedGraph(ir.Model(whole, ir_version=10), weights)
 
 
-@lru_cache(maxsize=8)
-def _trace_kinds(name: str, config: ModelConfig, kv_cache: str | None) -> dict[str, ir.Graph]:
-    """Each kind of piece, traced; kept because the schemes of a checkpoint share it. Copy before use."""
-    with torch.device("meta"):
-        model = DeepseekVL2(config)
-    kinds: dict[str, ir.Graph] = {}
-    substitutes = STANDARD if kv_cache is None else NATIVE
-    for piece in pieces_of(name, model, kv_cache):
-        if piece.kind not in kinds:
-            kinds[piece.kind] = trace(piece.module, piece.inputs, piece.outputs, substitutes).graph
-    return kinds
+@dataclass(frozen=True)
+class _Kind:
+    """All that a trace depends on. The module is made of `settings` and adds nothing to compare."""
+
+    name: str
+    settings: tuple
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    native: bool
+    module: nn.Module = field(compare=False)
+
+
+def _kind(graph: str, config: ModelConfig, piece: Piece, native: bool) -> _Kind:
+    """Neither how weights are stored nor, for images, the decoder's settings change what is traced."""
+    unseen = {"quantization_config", "language_config"} if graph == "vision" else {"quantization_config"}
+    settings = tuple(getattr(config, part.name) for part in fields(config) if part.name not in unseen)
+    native = native and any(type(module) in NATIVE for module in piece.module.modules())
+    return _Kind(f"{graph}.{piece.kind}", settings, piece.inputs, piece.outputs, native, piece.module)
+
+
+@lru_cache(maxsize=64)
+def _traced(kind: _Kind) -> ir.Graph:
+    """Kept, because layers of a model and schemes of a checkpoint share it. Copy before use."""
+    # a trace substitutes modules in its own copy
+    return trace(deepcopy(kind.module), kind.inputs, kind.outputs, NATIVE if kind.native else STANDARD).graph
 
 
 def _model_names(piece: Piece, names: dict[int, str]) -> dict[str, Weight]:

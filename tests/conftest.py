@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,10 +54,19 @@ def bundle_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
             if not (root / name).exists():
                 from vl2.export import ExportOptions, export_checkpoint
 
+                keep_translations()
                 export_checkpoint(checkpoint, root / name, ExportOptions(scheme, lowering=lowering))
         return root / name
 
     return export_once
+
+
+@functools.cache
+def keep_translations() -> None:
+    """torch.onnx asks onnxscript for its translations, some 3,000 functions, once a trace: a fifth of an export."""
+    from onnxscript._framework_apis import torch_2_5 as answers
+
+    answers.get_torchlib_ops = functools.cache(answers.get_torchlib_ops)
 
 
 def _shared_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
