@@ -11,7 +11,7 @@ typedef unsigned long long wide_t;
 #define DEVICE static __device__ __forceinline__
 extern __shared__ uint4 vl2_shared[];
 #define SHARED(name) unsigned char* const name = reinterpret_cast<unsigned char*>(vl2_shared)
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 #define EXPORT(name)
 
 DEVICE float to_float(half_t h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }

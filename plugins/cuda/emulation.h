@@ -50,7 +50,7 @@ template <class T> T shuffle_xor(T v, int mask) {
 
 #define DEVICE static inline
 #define SHARED(name) unsigned char* const name = emulation::shared
-#define KERNEL(threads) extern "C" void
+#define KERNEL(...) extern "C" void
 #define EXPORT(name) static emulation::Registration name##_known(#name, [](void** a) { emulation::call(name, a); });
 #define __restrict__
 #define threadIdx emulation::thread

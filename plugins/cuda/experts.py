@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from vl2.plugins.cuda.launch import Launch, Plan, require, tiles
-from vl2.plugins.cuda.linear import ROWS, THREADS, staged_bytes
-from vl2.plugins.cuda.routing import RoutingProblem, route_launch
+from vl2.plugins.cuda.linear import (
+    GEMV_TOKENS,
+    ROWS,
+    THREADS,
+    LinearProblem,
+    Rows,
+    product_bytes,
+    product_grid,
+    product_launch,
+    staged_bytes,
+)
+from vl2.plugins.cuda.routing import RoutingProblem, route_launch, sort_launch
 from vl2.plugins.cuda.storage import Storage
 
 _PAIRS, _COMBINED = 16, 256
@@ -52,14 +62,15 @@ class ExpertsProblem:
 
 
 def experts_plan(problem: ExpertsProblem) -> Plan:
-    """Every kernel of the layer; each chosen expert is read once a token."""
-    return _decode_plan(problem)
+    """Every kernel of the layer. Up to GEMV_TOKENS tokens read a chosen expert once each, more once in all."""
+    return _decode_plan(problem) if problem.routing.tokens <= GEMV_TOKENS else prefill_plan(problem)
 
 
 def _decode_plan(problem: ExpertsProblem) -> Plan:
     routing = problem.routing
     tokens, slots = routing.tokens, routing.top_k + problem.shared_parts
-    launches = (route_launch(routing), *_gate_up(problem), *_down(problem), _combine(problem, "float"))
+    combine = _combine(problem, "float", problem.shared_parts)
+    launches = (route_launch(routing), *_gate_up(problem), *_down(problem), combine)
     workspace = {
         "idx": tokens * routing.top_k * 4,
         "weights": tokens * routing.top_k * 4,
@@ -111,13 +122,42 @@ def _down(problem: ExpertsProblem) -> tuple[Launch, ...]:
     return tuple(launches)
 
 
-def _combine(problem: ExpertsProblem, form: str) -> Launch:
+def prefill_plan(problem: ExpertsProblem) -> Plan:
+    """The layer for many tokens: products on tensor cores over the tokens sorted by expert."""
+    routing, hidden, shared = problem.routing, problem.hidden_size, problem.shared_size
+    choices, slots = routing.tokens * routing.top_k, routing.top_k + (shared > 0)
+    routed = Rows("down", "hidden", "partial", routing.experts, None, "target", "offsets")
+    launches = [route_launch(routing), sort_launch(routing, slots), _gated(problem),
+                product_launch(LinearProblem(choices, hidden, problem.inner_size, problem.down), routed)]  # fmt: skip
+    if shared:
+        rows = Rows("shared_down", "shared_hidden", "partial", stride=slots, offset=routing.top_k)
+        down = LinearProblem(routing.tokens, hidden, shared, problem.shared_down)
+        launches += [_gated(problem, shared=True), product_launch(down, rows)]
+    workspace = {
+        "idx": choices * 4, "weights": choices * 4, "source": choices * 4, "target": choices * 4,
+        "offsets": (routing.experts + 1) * 4, "hidden": choices * problem.inner_size * 2,
+        "shared_hidden": routing.tokens * shared * 2, "partial": routing.tokens * slots * hidden * 2,
+    }  # fmt: skip
+    launches.append(_combine(problem, "half", slots - routing.top_k))
+    return Plan(tuple(launches), {name: size for name, size in workspace.items() if size})
+
+
+def _gated(problem: ExpertsProblem, shared: bool = False) -> Launch:
+    """silu(gate x) ⊙ (up x) of the routed experts in the order of experts, or of the shared ones."""
+    columns, tokens, top_k = problem.hidden_size, problem.routing.tokens, problem.routing.top_k
+    storage = problem.shared_gate_up if shared else problem.gate_up
+    size = LinearProblem(tokens if shared else tokens * top_k, problem.shared_size if shared else problem.inner_size,
+                         columns, storage)  # fmt: skip
+    prefix, order = ("shared_", (None, None)) if shared else ("", ("source", "offsets"))
+    arguments = (*storage.names(f"{prefix}gate"), *storage.names(f"{prefix}up"), "x", *order, f"{prefix}hidden",
+                 size.tokens, size.rows, columns, storage.shift(columns))  # fmt: skip
+    grid = product_grid(size, 1 if shared else problem.routing.experts)
+    kernel = f"vl2_gated_product_{storage.scheme}"
+    return Launch(kernel, grid, (THREADS, 1, 1), product_bytes(storage, 2), arguments)
+
+
+def _combine(problem: ExpertsProblem, form: str, parts: int) -> Launch:
     columns = problem.hidden_size
-    arguments = ("partial", "weights", "y", columns, problem.routing.top_k, problem.shared_parts)
+    arguments = ("partial", "weights", "y", columns, problem.routing.top_k, parts)
     grid = (tiles(columns, _COMBINED), problem.routing.tokens, 1)
     return Launch(f"vl2_combine_{form}", grid, (_COMBINED, 1, 1), 0, arguments)
-
-
-def with_tokens(problem: ExpertsProblem, tokens: int) -> ExpertsProblem:
-    """The same layer for another number of tokens."""
-    return replace(problem, routing=replace(problem.routing, tokens=tokens))

@@ -23,7 +23,7 @@ from vl2.errors import VL2Error
 ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_110", "sm_120", "sm_121", "compute_80")
 FOLDER = Path(__file__).parent
 # Relative to plugins/, compiled together as one translation unit.
-SOURCES = ("experts/routing.cu", "linear/linear.cu", "experts/decode.cu")
+SOURCES = ("experts/routing.cu", "linear/linear.cu", "experts/decode.cu", "experts/prefill.cu")
 INCLUDES = tuple(flag for name in ("cuda", "linear", "experts") for flag in ("-I", str(FOLDER.parent / name)))
 FLAGS = ("-std=c++17", "-O3")
 _RESOURCES = re.compile(r"Compiling entry function '(\w+)' for '\w+'.*?(\d+) bytes stack frame, (\d+) bytes spill "
@@ -78,7 +78,8 @@ def load(arch: str, cache: Path | None = None) -> Pack:
     resources = read_resources(log.read_text())
     for one in resources:
         if one.spill_bytes or one.stack_bytes:
-            raise VL2Error(f"`{one.kernel}` spills {one.spill_bytes} bytes on {arch}, expected none",
+            raise VL2Error(f"`{one.kernel}` has {one.spill_bytes} bytes of spills and {one.stack_bytes} of stack on "
+                           f"{arch}, expected none",
                            "take the nvcc that plugins/cuda/README.md names; others allot registers otherwise")
     return Pack(arch, image.read_bytes(), resources)
 

@@ -56,8 +56,10 @@ class Rule:
             setattr(self, name, getattr(problem, name))
 
 
-def random_layer(rng: np.random.Generator, problem: ExpertsProblem) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Buffers of the plan, y as NaN, and the result wanted."""
+def random_layer(
+    rng: np.random.Generator, problem: ExpertsProblem, favoured: int | None = None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Buffers of the plan, y as NaN, and the result wanted. favoured: an expert that every token takes."""
     routing, hidden, inner, shared = problem.routing, problem.hidden_size, problem.inner_size, problem.shared_size
     arrays, values = {}, {}
     shapes = {"gate": (routing.experts, inner, hidden), "up": (routing.experts, inner, hidden),
@@ -72,6 +74,8 @@ def random_layer(rng: np.random.Generator, problem: ExpertsProblem) -> tuple[dic
         arrays |= buffers
     arrays["x"] = half(rng, (routing.tokens, hidden))
     arrays["logits"] = rng.standard_normal((routing.tokens, routing.experts), np.float32)
+    if favoured is not None:
+        arrays["logits"][:, favoured] += 10
     arrays["correction_bias"] = rng.standard_normal(routing.experts, np.float32) / 10
     arrays["y"] = np.full((routing.tokens, hidden), np.nan, np.float16)
     return arrays, reference(arrays, values, routing)

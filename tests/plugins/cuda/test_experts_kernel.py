@@ -9,9 +9,10 @@ import pytest
 
 from tests.plugins.cuda.experts_layer import LAYERS, random_layer, stored
 from tests.plugins.cuda.weights import relative_error
-from tests.tolerances import CUDA_PRODUCT
+from tests.tolerances import CUDA_PRODUCT, CUDA_TENSOR_PRODUCT
 from vl2.plugins.cuda.experts import experts_plan
 from vl2.plugins.cuda.launch import workspace_bytes, workspace_offsets
+from vl2.plugins.cuda.routing import RoutingProblem
 from vl2.plugins.cuda.storage import Storage
 
 SMALL = ("nano", "tiny-mini", "small-mini", "base-mini", "no shared experts", "shared of an odd width")
@@ -30,7 +31,7 @@ def error(emulator, problem, order: int = 0) -> float:
 def test_a_decode_step_of_a_published_layer_equals_the_eager_operator(emulator, name: str, storage: Storage) -> None:
     """One chosen expert: `benchmarks/gpu_kernels.py --emulate --full` does the whole layers, which takes a minute."""
     layer = LAYERS[name]
-    layer = replace(layer, routing=replace(layer.routing, top_k=1), shared_size=0)
+    layer = replace(layer, routing=replace(layer.routing, experts=2, top_k=1), shared_size=0)
     assert error(emulator, stored(layer, storage)) < CUDA_PRODUCT
 
 
@@ -38,6 +39,22 @@ def test_a_decode_step_of_a_published_layer_equals_the_eager_operator(emulator, 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_decode_step_of_a_small_layer_equals_the_eager_operator(emulator, name: str, storage: Storage) -> None:
     assert error(emulator, stored(LAYERS[name], storage), order=sum(map(ord, name)) % 8) < CUDA_PRODUCT
+
+
+@pytest.mark.parametrize("storage", (Storage("int4", 32), Storage("int8", 128), Storage("fp16")), ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_a_prefill_of_a_small_layer_equals_the_eager_operator(emulator, name: str, storage: Storage) -> None:
+    layer = LAYERS[name]
+    layer = replace(layer, routing=replace(layer.routing, tokens=sum(map(ord, name)) % 60 + 5))
+    assert error(emulator, stored(layer, storage), order=sum(map(ord, name)) % 8) < CUDA_TENSOR_PRODUCT
+
+
+def test_experts_with_more_tokens_than_the_grid_holds_and_experts_without_any(emulator) -> None:
+    problem = stored(replace(LAYERS["nano"], routing=RoutingProblem(200, 8, 1)), Storage("int4", 32))
+    assert experts_plan(problem).launches[2].grid[2] * 64 < 200
+    arrays, want = random_layer(np.random.default_rng(0), problem, favoured=5)
+    emulator.run(experts_plan(problem), arrays)
+    assert relative_error(arrays["y"], want) < CUDA_TENSOR_PRODUCT
 
 
 def test_routed_and_shared_experts_may_be_stored_differently(emulator) -> None:

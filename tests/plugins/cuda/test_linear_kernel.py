@@ -7,7 +7,7 @@ import pytest
 
 from tests.plugins.cuda.experts_layer import fitting
 from tests.plugins.cuda.weights import half, random_weight, relative_error
-from tests.tolerances import CUDA_PRODUCT
+from tests.tolerances import CUDA_PRODUCT, CUDA_TENSOR_PRODUCT
 from vl2.errors import VL2Error
 from vl2.plugins.cuda.linear import LinearProblem, linear_plan
 from vl2.plugins.cuda.storage import Storage
@@ -32,6 +32,14 @@ def test_products_equal_float64_for_every_width_of_the_family(emulator, storage:
     for columns in COLUMNS:
         problem = LinearProblem(int(rng.integers(1, 4)), int(rng.integers(1, 80)), columns, fitting(storage, columns))
         assert run(emulator, rng, problem, int(rng.integers(8))) < CUDA_PRODUCT, problem
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_products_on_tensor_cores_equal_float64(emulator, storage: Storage) -> None:
+    rng = np.random.default_rng(3)
+    for columns, tokens, rows in ((96, 70, 65), (48, 5, 64), (208, 64, 7), (240, 66, 130), (896, 33, 24)):
+        problem = LinearProblem(tokens, rows, columns, fitting(storage, columns))
+        assert run(emulator, rng, problem, int(rng.integers(8))) < CUDA_TENSOR_PRODUCT, problem
 
 
 def test_a_grid_smaller_than_the_matrix_walks_over_all_rows(emulator) -> None:
