@@ -77,6 +77,10 @@ CUDA_PRODUCT = 3e-5
 # of the RMS in the mean, five times that for the largest of 10^4 (measured: 2.4e-3).
 CUDA_TENSOR_PRODUCT = 4e-3
 
+# Attention kernels with float16 in- and outputs, results of about 1 at most 4: rounding a rotated query by 2^-12 moves
+# a score of up to 10 by 2e-3, weights and result are rounded by 2^-11 of up to 4 (measured: 1.1e-3).
+CUDA_ATTENTION = 4e-3
+
 # Logprobs and penalties against the formulas: a sum of some hundred float64 exponentials in another order, and a
 # float32 logit of about 5 from which float32 penalties are taken.
 LOGPROB = 1e-12

@@ -23,8 +23,9 @@ from vl2.errors import VL2Error
 ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_110", "sm_120", "sm_121", "compute_80")
 FOLDER = Path(__file__).parent
 # Relative to plugins/, compiled together as one translation unit.
-SOURCES = ("experts/routing.cu", "linear/linear.cu", "experts/decode.cu", "experts/prefill.cu")
-INCLUDES = tuple(flag for name in ("cuda", "linear", "experts") for flag in ("-I", str(FOLDER.parent / name)))
+SOURCES = ("experts/routing.cu", "linear/linear.cu", "experts/decode.cu", "experts/prefill.cu",
+           "attention/attention.cu", "latent_attention/latent_attention.cu")  # fmt: skip
+INCLUDES = tuple(flag for name in ("cuda", "linear", "attention") for flag in ("-I", str(FOLDER.parent / name)))
 FLAGS = ("-std=c++17", "-O3")
 _RESOURCES = re.compile(r"Compiling entry function '(\w+)' for '\w+'.*?(\d+) bytes stack frame, (\d+) bytes spill "
                         r"stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.DOTALL)  # fmt: skip
