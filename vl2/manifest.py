@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from vl2.engine_record import EngineRecord
 from vl2.errors import VL2Error
 from vl2.file_hashes import HashCache, Progress, sha256_of
 from vl2.image import ImageGeometry
@@ -162,6 +163,8 @@ class Manifest:
     quantization: dict | None = None
     # Of the operators of the lowering `cpu`: "exact", or "fast" with activations rounded to INT8.
     mode: str = "exact"
+    # By target, of the lowering `trt`.
+    engines: dict[str, EngineRecord] = field(default_factory=dict)
 
     @property
     def operators(self) -> str:
@@ -270,6 +273,8 @@ def _check_names(manifest: Manifest, path: Path) -> None:
         if not _stays_inside(name):
             raise VL2Error(f"{path}: file name {name!r} is not a plain name inside the bundle",
                            "do not use this bundle; get it from a source you trust")
+    for record in manifest.engines.values():
+        referenced += record.files.values()
     _check_known(referenced, manifest.files, path)
     for graph_name, graph in manifest.graphs.items():
         inputs, outputs = ({port.name: None for port in ports} for ports in (graph.inputs, graph.outputs))

@@ -38,8 +38,8 @@ _ATTENTIONS = {op.OP_TYPE: op.INPUTS for op in (attention_op, latent_attention_o
 _TABLES = ("cos", "sin")
 _DECODER = Precision(
     half=frozenset({"MatMul", "Gemm", "Linear", "Experts", *_ATTENTIONS}),
-    # an expert's routing is decided in float32
-    float_inputs={"Experts": frozenset({1}), **{name: frozenset(map(inputs.index, _TABLES))
+    # routing is decided in float32: of experts' inputs x alone is cast
+    untouched={"Experts": frozenset(range(1, 32)), **{name: frozenset(map(inputs.index, _TABLES))
                                                 for name, inputs in _ATTENTIONS.items()}},
 )  # fmt: skip
 _VISION = Precision(half=frozenset({"MatMul", "Conv"}), following=frozenset({"Softmax", "Gelu", "Mul", "Add"}))

@@ -1,7 +1,8 @@
 """Turns a float32 graph into one of float16 where it counts: strongly typed, so that nothing is chosen by a builder.
 
-Matrix products run in float16; what only moves numbers keeps their type; all else (norms, sums of the residual stream,
-rotary tables, the router) stays float32. Casts stand at the borders, once a value.
+Matrix products run in float16, but for those with a matrix stored as float32 (the router); what only moves numbers keeps
+their type; all else (norms, sums of the residual stream, rotary tables) stays float32. Casts stand at the borders, once
+a value.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 _MOVING = frozenset({"Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Concat", "Flatten", "Gather",
                      "Pad", "Identity", "Expand"})  # fmt: skip
 _INTEGERS = frozenset({"Shape", "Size"})
+_PRODUCTS = frozenset({"MatMul", "Gemm"})
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,12 @@ class Precision:
     """Operators by how they are computed.
 
     half: in float16; following: in float16 where all their inputs that are not constant are, of sums those with a
-    bias only; float_inputs: of an operator in `half`, the positions that stay float32.
+    bias only; untouched: of an operator in `half`, the positions that are left as they are.
     """
 
     half: frozenset[str]
     following: frozenset[str] = frozenset()
-    float_inputs: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    untouched: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
 
 def halve(graph: ir.Graph, precision: Precision) -> None:
@@ -37,11 +39,11 @@ def halve(graph: ir.Graph, precision: Precision) -> None:
         if node.op_type == "CastLike":
             node = _plain_cast(node)
         wanted = _wanted(node, precision)
-        kept = precision.float_inputs.get(node.op_type, frozenset()) if wanted == HALF else frozenset()
+        untouched = precision.untouched.get(node.op_type, frozenset())
         for index, value in enumerate(node.inputs):
-            to = FLOAT if index in kept else wanted
-            if value is not None and to is not None and value.dtype in (FLOAT, HALF) and value.dtype != to:
-                node.replace_input_with(index, casts.cast(value, to, node))
+            floats = value is not None and wanted is not None and value.dtype in (FLOAT, HALF)
+            if floats and value.dtype != wanted and index not in untouched:
+                node.replace_input_with(index, casts.cast(value, wanted, node))
         _type_outputs(node, wanted)
     for index, value in enumerate(graph.outputs):
         if value.dtype == HALF and index == 0:
@@ -84,13 +86,17 @@ def _wanted(node: ir.Node, precision: Precision) -> ir.DataType | None:
     if node.op_type in _INTEGERS or node.op_type in ("Cast", "Constant"):
         return None
     if node.op_type in precision.half:
-        return HALF
+        return FLOAT if node.op_type in _PRODUCTS and _reads_wide_matrix(node) else HALF
     follows = node.op_type in precision.following and (node.op_type != "Add" or _adds_bias(node))
     if node.op_type in _MOVING or follows:
         moving = [value for value in node.inputs if value is not None and value.dtype in (FLOAT, HALF)]
         varying = [value for value in moving if not _is_constant(value)] or moving
         return HALF if varying and all(value.dtype == HALF for value in varying) else FLOAT
     return FLOAT
+
+
+def _reads_wide_matrix(node: ir.Node) -> bool:
+    return any(value.is_initializer() and value.dtype == FLOAT and len(value.shape) > 1 for value in node.inputs)
 
 
 def _adds_bias(node: ir.Node) -> bool:

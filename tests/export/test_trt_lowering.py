@@ -12,12 +12,17 @@ import torch
 
 from vl2.errors import VL2Error
 from vl2.export import ExportOptions, export_checkpoint, plan_export
+from vl2.export.checkpoint import open_checkpoint
+from vl2.export.choice import choose_storing
 from vl2.export.engine_emulation import dequantize, map_weights
+from vl2.export.engine_graph import build_engine_graph
 from vl2.export.engine_storage import row_storage
 from vl2.export.passes.halve import Precision, halve
+from vl2.export.passes.store_weights import DataFile
 from vl2.export.schemes import FLOAT16, FLOAT32
 from vl2.manifest import Manifest, read_manifest
 from vl2.model.checkpoint import iter_tensors
+from vl2.plugins.tensorrt.operators import OPERATORS
 from vl2.quantization import Form
 from vl2.runtime import open_bundle
 
@@ -26,6 +31,7 @@ from vl2.runtime import open_bundle
 PARSED = {"Add", "Cast", "Concat", "Constant", "Conv", "Cos", "Flatten", "Gather", "Gelu", "Gemm", "LayerNormalization",
           "MatMul", "Mul", "Pad", "Pow", "Reciprocal", "ReduceMean", "Reshape", "Shape", "Sigmoid", "Sin", "Slice",
           "Softmax", "Split", "Sqrt", "Squeeze", "Transpose", "Unsqueeze"}  # fmt: skip
+NAMES = {"FLOAT": "float32", "FLOAT16": "float16", "INT8": "int8", "INT64": "int64"}
 PLUGINS = {"Attention", "Experts", "LatentAttention", "Linear"}
 
 
@@ -74,6 +80,29 @@ def test_every_weight_of_the_decoder_is_an_input_and_lies_in_the_weight_file(exp
     assert [value.name for value in decoder.input if value.name not in ports] == list(weights)
     assert all(np.prod(tensor.dims) <= 128 for tensor in decoder.initializer), "a weight is left in the graph"
     assert (bundle / "decoder.onnx").stat().st_size < 100_000
+
+
+def check_plugin_inputs(graph: ir.Graph) -> None:
+    for node in graph:
+        if node.domain == "vl2":
+            given = {name: a.value for name, a in node.attributes.items()}
+            dtypes = [NAMES[value.dtype.name] for value in node.inputs]
+            OPERATORS[node.op_type].check_types(given, dtypes)
+            OPERATORS[node.op_type].check_attributes(given)
+        elif node.op_type == "Gemm" and node.inputs[1].name.endswith("mlp.gate.weight"):
+            assert {value.dtype.name for value in node.inputs} == {"FLOAT"}, "the router is computed in float32"
+
+
+def test_nodes_give_the_plugins_what_they_expect(exported) -> None:
+    check_plugin_inputs(ir.load(exported[1] / "decoder.onnx").graph)
+
+
+def test_the_correction_bias_of_base_stays_float32(goldens: Path) -> None:
+    checkpoint = open_checkpoint(goldens / "base-mini")
+    storing = choose_storing(checkpoint, ExportOptions(lowering="trt"))
+    model, _ = build_engine_graph("decoder", checkpoint.config, DataFile("decoder.safetensors", storing))
+    assert any(node.op_type == "Experts" for node in model.graph)
+    check_plugin_inputs(model.graph)
 
 
 def test_matrix_products_are_typed_float16_and_norms_float32(exported) -> None:

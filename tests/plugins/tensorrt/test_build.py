@@ -1,0 +1,81 @@
+"""Real builds in TensorRT-RTX with the plugins of plugins/tensorrt, on a machine without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.plugins.tensorrt.conftest import LINEAR, LINEAR_INPUTS
+from vl2.errors import VL2Error
+from vl2.manifest import read_manifest
+from vl2.plugins.tensorrt.build import EngineJob, build_apart
+from vl2.plugins.tensorrt.engines import EngineSizes, profiles
+
+CAPABILITIES = ("8.6", "8.9", "12.0")
+TOKENS = ({"x": ((1, 128), (4, 128), (512, 128))},)
+
+
+def refusal(rtx: str, path: str, ranges: tuple = TOKENS) -> str:
+    with pytest.raises(VL2Error) as caught:
+        build_apart(EngineJob(path, f"{path}.engine", rtx, ("8.6",), ranges))
+    assert not Path(f"{path}.engine").exists() and caught.value.hint
+    return caught.value.message
+
+
+def test_a_plugin_builds_and_its_weights_stay_outside(rtx: str, one_node) -> None:
+    path = one_node("Linear", LINEAR, LINEAR_INPUTS)
+    facts = build_apart(EngineJob(path, f"{path}.engine", rtx, CAPABILITIES, TOKENS))
+    assert facts.size_bytes == Path(f"{path}.engine").stat().st_size < 1 << 20
+    assert 0 < facts.peak_rss_bytes < 1 << 30 and facts.tensorrt.startswith("1.7")
+
+
+@pytest.mark.parametrize("name, scheme", [("tiny-mini", "fp16"), ("small-mini", "int4")])
+def test_graphs_of_both_attentions_build_for_three_generations(
+    rtx: str, goldens: Path, quantized_of, bundle_of, tmp_path: Path, name: str, scheme: str
+) -> None:
+    folder = goldens / name if scheme == "fp16" else quantized_of(goldens / name, scheme)
+    bundle = bundle_of(folder, "fp16" if scheme == "fp16" else None, "trt")
+    for graph, facts in read_manifest(bundle).graphs.items():
+        ranges = profiles(graph, facts, EngineSizes(context=512, prefill_chunk=128, tiles=4))
+        job = EngineJob(str(bundle / facts.file), str(tmp_path / graph), rtx, CAPABILITIES, ranges)
+        assert build_apart(job).peak_rss_bytes < 1 << 30
+
+
+def test_a_wrong_dtype_is_named_with_its_input(rtx: str, one_node) -> None:
+    inputs = {**LINEAR_INPUTS, "weight_scale": ("float32", [64, 4])}
+    told = refusal(rtx, one_node("Linear", LINEAR, inputs))
+    assert "input 2 of vl2::Linear, `weight_scale`, is float32, expected float16" in told
+
+
+def test_a_group_size_that_no_kernel_reads_is_named(rtx: str, one_node) -> None:
+    told = refusal(rtx, one_node("Linear", {**LINEAR, "group_size": 24}, LINEAR_INPUTS))
+    assert "groups of 24" in told
+
+
+def test_a_missing_attribute_is_named(rtx: str, one_node) -> None:
+    given = {name: value for name, value in LINEAR.items() if name != "group_size"}
+    assert "no attribute `group_size`" in refusal(rtx, one_node("Linear", given, LINEAR_INPUTS))
+
+
+def test_a_missing_plugin_is_named(rtx: str, tmp_path: Path) -> None:
+    """As a bundle of a later vl2 would have it."""
+    from onnx import TensorProto, helper, save
+
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, [4]) for name in ("x", "y")]
+    node = helper.make_node("Sparse", ["x"], ["y"], domain="vl2", plugin_namespace="vl2", plugin_version="1")
+    graph = helper.make_graph([node], "one", value[:1], value[1:])
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("vl2", 1)]
+    save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "one.onnx")
+    assert "Sparse" in refusal(rtx, str(tmp_path / "one.onnx"), ())
+
+
+def test_a_gpu_that_tensorrt_rtx_does_not_build_for_is_named(rtx: str, one_node) -> None:
+    path = one_node("Linear", LINEAR, LINEAR_INPUTS)
+    with pytest.raises(VL2Error, match="builds no engine for compute capability 8.7"):
+        build_apart(EngineJob(path, f"{path}.engine", rtx, ("8.7",), TOKENS))
+
+
+def test_a_builder_that_dies_is_told_with_what_it_said(rtx: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"no graph")
+    assert "bad.onnx" in refusal(rtx, str(tmp_path / "bad.onnx"), ())
