@@ -22,13 +22,15 @@ from vl2.plugins.cuda.pack import FOLDER, INCLUDES, SOURCES, cache_folder, pack_
 # Fibers leave their stacks by longjmp, which fortified libraries take for an overflow.
 _FLAGS = ("-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-w", "-ffp-contract=off")
 _ORDERS = range(8)
+_MACHINE = (FOLDER / "emulate.cpp", FOLDER / "emulation.h")
+PACK = tuple(FOLDER.parent / name for name in SOURCES)
 
 
 class Emulator:
-    """The compiled emulation. Raises VL2Error without g++ or where it fails."""
+    """The compiled emulation, of the pack or of other `sources`. Raises VL2Error without g++ or where it fails."""
 
-    def __init__(self, cache: Path | None = None):
-        self.library = ctypes.CDLL(str(_compiled(cache or cache_folder())))
+    def __init__(self, cache: Path | None = None, sources: tuple[Path, ...] = PACK):
+        self.library = ctypes.CDLL(str(_compiled(cache or cache_folder(), sources)))
         self.library.emulate.restype = ctypes.c_char_p
         self.library.guarded_allocate.restype = ctypes.c_void_p
         self.library.guarded_allocate.argtypes = [ctypes.c_size_t]
@@ -74,19 +76,18 @@ def _value(argument: str | int | float | None, buffers: dict[str, tuple[int, int
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int(argument)
 
 
-def _compiled(cache: Path) -> Path:
+def _compiled(cache: Path, sources: tuple[Path, ...]) -> Path:
     compiler = shutil.which("g++")
     if compiler is None:
         raise VL2Error("the CUDA kernels are emulated with g++, which is not on this machine", "apt install g++")
-    own = hashlib.sha256(b"".join((FOLDER / name).read_bytes() for name in ("emulate.cpp", "emulation.h")))
+    own = hashlib.sha256(b"".join(path.read_bytes() for path in (*_MACHINE, *sources)))
     own.update(repr(_FLAGS).encode())
     library = cache / f"emulation-{pack_hash()[:16]}-{own.hexdigest()[:16]}.so"
     if not library.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as work:
             whole, made = Path(work, "all.cpp"), Path(work, "made.so")
-            paths = (FOLDER / "emulate.cpp", *(FOLDER.parent / name for name in SOURCES))
-            whole.write_text("".join(f'#include "{path}"\n' for path in paths))
+            whole.write_text("".join(f'#include "{path}"\n' for path in (_MACHINE[0], *sources)))
             command = [compiler, *_FLAGS, *INCLUDES, "-o", str(made), str(whole)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:

@@ -30,8 +30,8 @@ class LinearProblem:
 
 
 def staged_bytes(columns: int) -> int:
-    """Shared memory for a row of float32 activations, or for a tile of a longer one."""
-    return min(-(-columns // 32) * 32, STAGED_COLUMNS) * 4
+    """Shared memory for a row of float32 activations, or for a tile of a longer one, and the gaps between planes."""
+    return (min(-(-columns // 32) * 32, STAGED_COLUMNS) + 32) * 4
 
 
 def linear_plan(problem: LinearProblem) -> Plan:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vl2.errors import VL2Error
+from vl2.plugins.cuda import nvrtc
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_110", "sm_120", "sm_121", "compute_80")
 FOLDER = Path(__file__).parent
@@ -63,19 +64,19 @@ def headers() -> tuple[Path, ...]:
     return tuple(sorted({path for name in SOURCES for path in (FOLDER.parent / name).parent.glob("*.cuh")}))
 
 
-def load(arch: str, cache: Path | None = None) -> Pack:
-    """The pack of an architecture, from the cache or compiled now.
+def load(arch: str, cache: Path | None = None, compiler: str | None = None) -> Pack:
+    """The pack of an architecture, from the cache or compiled now; compiler: nvcc or libnvrtc.so, the first found by
+    default.
 
-    Raises VL2Error on an architecture that is not in ARCHITECTURES, without nvcc, and where nvcc fails or spills.
+    Raises VL2Error on an architecture that is not in ARCHITECTURES, without a compiler, and where it fails or spills.
     """
     if arch not in ARCHITECTURES:
         raise VL2Error(f"there is no kernel pack for `{arch}`, expected one of {', '.join(ARCHITECTURES)}",
                        "a GPU of another architecture from 8.0 on takes `compute_80`, compiled by its driver")
-    folder = cache or cache_folder()
-    image, log = (folder / f"{pack_hash()[:32]}-{arch}{suffix}" for suffix in (".image", ".log"))
+    image, log = _places(arch, cache or cache_folder(), compiler)
     if not (image.is_file() and log.is_file()):
-        folder.mkdir(parents=True, exist_ok=True)
-        _compile(arch, image, log)
+        image.parent.mkdir(parents=True, exist_ok=True)
+        _compile(arch, compiler or find_compiler(arch), image, log)
     resources = read_resources(log.read_text())
     for one in resources:
         if one.spill_bytes or one.stack_bytes:
@@ -83,6 +84,18 @@ def load(arch: str, cache: Path | None = None) -> Pack:
                            f"{arch}, expected none",
                            "take the nvcc that plugins/cuda/README.md names; others allot registers otherwise")
     return Pack(arch, image.read_bytes(), resources)
+
+
+def is_cached(arch: str, cache: Path | None = None) -> bool:
+    """Whether `load` would compile nothing."""
+    return all(path.is_file() for path in _places(arch, cache or cache_folder(), None))
+
+
+def _places(arch: str, cache: Path, compiler: str | None) -> tuple[Path, Path]:
+    name = f"{pack_hash()[:32]}-{arch}"
+    if compiler is not None:
+        name += f"-{hashlib.sha256(compiler.encode()).hexdigest()[:8]}"
+    return cache / f"{name}.image", cache / f"{name}.log"
 
 
 def cache_folder() -> Path:
@@ -106,26 +119,42 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or next((str(path) for path in places if path.is_file()), None)
 
 
-def _compile(arch: str, image: Path, log: Path) -> None:
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise VL2Error(f"the CUDA kernels for {arch} are not compiled yet, and nvcc is not on this machine",
-                       "install CUDA's toolkit (on a Jetson `sudo apt install cuda-nvcc-12-6`, or your JetPack's), "
-                       "or `pip install nvidia-cuda-nvcc nvidia-cuda-runtime`")
+def find_compiler(arch: str) -> str:
+    """nvcc, else NVRTC. Raises VL2Error where neither is on this machine."""
+    found = find_nvcc() or nvrtc.find_nvrtc()
+    if found is None:
+        raise VL2Error(f"the CUDA kernels for {arch} are not compiled yet, and this machine has neither nvcc nor NVRTC",
+                       "`pip install nvidia-cuda-nvrtc` (JetPack 6.2: `nvidia-cuda-nvrtc-cu12==12.6.77`), or install "
+                       "CUDA's toolkit")
+    return found
+
+
+def _compile(arch: str, compiler: str, image: Path, log: Path) -> None:
+    source = "".join(f'#include "{FOLDER.parent / name}"\n' for name in SOURCES)
+    make = _with_nvcc if Path(compiler).name.startswith("nvcc") else _with_nvrtc
+    made, words = make(source, arch, compiler)
     with tempfile.TemporaryDirectory(dir=image.parent) as work:
+        Path(work, "log").write_text(words)
+        Path(work, "image").write_bytes(made)
+        os.replace(Path(work, "log"), log)
+        os.replace(Path(work, "image"), image)
+
+
+def _with_nvrtc(source: str, arch: str, library: str) -> tuple[bytes, str]:
+    return nvrtc.compile_source(source, arch, [FLAGS[0], *INCLUDES], library)
+
+
+def _with_nvcc(source: str, arch: str, nvcc: str) -> tuple[bytes, str]:
+    with tempfile.TemporaryDirectory() as work:
         whole, made = Path(work, "pack.cu"), Path(work, "image")
-        whole.write_text("".join(f'#include "{FOLDER.parent / name}"\n' for name in SOURCES))
-        kind = "-ptx" if arch.startswith("compute") else "-cubin"
+        whole.write_text(source)
+        kind, end = ("-ptx", b"\0") if arch.startswith("compute") else ("-cubin", b"")
         command = [nvcc, *FLAGS, kind, f"-arch={arch}", "-Xptxas", "-v", *INCLUDES, "-o", str(made), str(whole)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise VL2Error(f"nvcc failed on the kernel pack for {arch}:\n{done.stderr.strip()[-2000:]}",
                            f"CUDA 12.8 knows sm_120, CUDA 13 sm_110 and sm_121; command: `{' '.join(command)}`")
-        if kind == "-ptx":
-            made.write_bytes(made.read_bytes() + b"\0")
-        (Path(work) / "log").write_text(done.stderr)
-        os.replace(Path(work) / "log", log)
-        os.replace(made, image)
+        return made.read_bytes() + end, done.stderr
 
 
 def main(arguments: list[str]) -> None:

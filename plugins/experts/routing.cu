@@ -1,7 +1,7 @@
 // Which experts a token takes, and the order of tokens by expert; rules as vl2.model.moe.choose_experts.
 #include "device.cuh"
 
-static const int TOKENS_PER_BLOCK = 4, VALUES = 8;  // a warp a token, a lane up to 8 of at most 256 experts
+static constexpr int TOKENS_PER_BLOCK = 4, VALUES = 8;  // a warp a token, a lane up to 8 of at most 256 experts
 enum RoutingFlags { SIGMOID = 1, BIASED = 2, NORMALISED = 4 };
 
 // Larger for larger scores, NaN largest, of equal ones the lower index: a total order, so a choice is always valid.

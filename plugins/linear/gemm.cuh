@@ -4,11 +4,11 @@
 #include "device.cuh"
 #include "gemv.cuh"
 
-static const int GEMM_THREADS = 128, TILE = 64, STEP = 64, A_STRIDE = 144;  // bytes; strides meet every bank once
+static constexpr int GEMM_THREADS = 128, TILE = 64, STEP = 64, A_STRIDE = 144;  // bytes; strides meet every bank once
 
 template <int BITS> struct Packed {
-  static const int STAGES = BITS == 4 ? 3 : 2;
-  static const int ROW_BYTES = STEP * BITS / 8, STRIDE = ROW_BYTES + 16, CHUNKS = ROW_BYTES / 16;
+  static constexpr int STAGES = BITS == 4 ? 3 : 2;
+  static constexpr int ROW_BYTES = STEP * BITS / 8, STRIDE = ROW_BYTES + 16, CHUNKS = ROW_BYTES / 16;
 };
 template <int BITS, int STREAMS> DEVICE int stage_bytes() { return TILE * (A_STRIDE + STREAMS * Packed<BITS>::STRIDE); }
 

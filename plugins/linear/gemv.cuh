@@ -4,7 +4,7 @@
 #pragma once
 #include "device.cuh"
 
-static const int GEMV_THREADS = 128, GEMV_LANES = 8, GEMV_GROUPS = GEMV_THREADS / GEMV_LANES, GEMV_TILE = 8192, UNROLL = 2;
+static constexpr int GEMV_THREADS = 128, GEMV_LANES = 8, GEMV_GROUPS = GEMV_THREADS / GEMV_LANES, GEMV_TILE = 8192, UNROLL = 2;
 
 // Codes [rows, columns] of BITS, row-major, and float16 scales of 2^shift neighbouring columns (31: of the whole row).
 struct Matrix {
@@ -40,7 +40,10 @@ DEVICE float dot_word(unsigned w, float4 a, float4 b, float sum) {
 // A byte in the last place of 2^23 is 2^23 + u, u the code + 128.
 DEVICE float code8(unsigned w, int i) { return bits_to_float(permute_bytes(w, 0x4b000000u, 0x7650u + i)) - 8388736.0f; }
 
-// Σ of 16 bytes of a row times x; x: plane p holds columns 4p … 4p + 3 of every chunk, so that lanes meet no bank twice.
+// Σ of 16 bytes of a row times x; x: plane p holds columns 4p … 4p + 3 of every chunk, and planes are an odd number of
+// 16-byte words apart: neither neighbouring chunks nor neighbouring columns meet in a bank.
+DEVICE int plane_stride(int chunks) { return chunks | 1; }
+
 template <int BITS> DEVICE float dot_chunk(uint4 w, const float4* x, int stride, float scale, float next_scale) {
   if (BITS == 4) {
     const float low = dot_word(w.y, x[2 * stride], x[3 * stride], dot_word(w.x, x[0], x[stride], 0.0f));
@@ -96,7 +99,7 @@ DEVICE void add_products(const Row (&rows)[STREAMS], const Matrix& m, const floa
         float scale = 1.0f, next = 1.0f;
         if (BITS < 16) next = scale = to_float(rows[r].scales[column >> m.shift]);
         if (BITS == 4 && m.shift == 4 && column + 16 < m.columns) next = to_float(rows[r].scales[(column >> 4) + 1]);
-        sums[r] += dot_chunk<BITS>(words[u][r], planes + chunk, chunks, scale, next);
+        sums[r] += dot_chunk<BITS>(words[u][r], planes + chunk, plane_stride(chunks), scale, next);
       }
     }
   }
@@ -110,7 +113,7 @@ template <int BITS, class T> DEVICE void stage(const T* __restrict__ x, float* p
   const int columns = 128 / BITS, chunks = (count + columns - 1) / columns;
   for (int i = threadIdx.x; i < chunks * columns; i += GEMV_THREADS) {
     const int chunk = i / columns, within = i % columns;
-    planes[(within / 4 * chunks + chunk) * 4 + within % 4] = i < count ? as_float(x[i]) : 0.0f;
+    planes[(within / 4 * plane_stride(chunks) + chunk) * 4 + within % 4] = i < count ? as_float(x[i]) : 0.0f;
   }
 }
 
