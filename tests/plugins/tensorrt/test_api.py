@@ -1,0 +1,75 @@
+"""Every name of TensorRT that our code uses exists from JetPack 6.2's version to the newest.
+
+api.json holds what the bindings of these versions have; `python tests/plugins/tensorrt/record_api.py` records it again.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.plugins.tensorrt.record_api import API, BINDINGS, CLASSES
+from vl2.plugins.tensorrt.flavour import load_tensorrt
+
+SOURCES = sorted((Path(__file__).parents[3] / "plugins" / "tensorrt").glob("*.py"))
+# Used with the flavour TensorRT-RTX only.
+RTX_ONLY = {"ComputeCapability"}
+# What is called on objects, whose classes the sources do not name.
+MEMBERS = {
+    "Builder": ("create_network", "create_builder_config", "create_optimization_profile", "build_serialized_network"),
+    "OnnxParser": ("parse_from_file", "num_errors", "get_error"),
+    "ParserError": ("desc",),
+    "INetworkDefinition": ("num_layers",),
+    "IBuilderConfig": ("set_preview_feature", "add_optimization_profile"),
+    "IOptimizationProfile": ("set_shape",),
+    "IHostMemory": ("nbytes",),
+    "IPluginRegistry": ("get_creator", "register_creator"),
+    "IExprBuilder": ("constant",),
+    "DynamicPluginTensorDesc": ("desc", "min", "max"),
+    "PluginTensorDesc": ("dims", "type", "format"),
+    "PluginField": ("name", "type", "data"),
+    "DataType": ("FLOAT", "HALF", "INT8", "INT64"),
+    "IPluginV3OneBuildV2": ("get_output_data_types", "get_output_shapes", "get_aliased_input", "configure_plugin",
+                            "supports_format_combination", "get_workspace_size", "num_outputs"),
+    "IPluginV3OneRuntime": ("on_shape_change", "attach_to_context", "get_fields_to_serialize", "set_tactic", "enqueue"),
+    "IPluginV3OneCore": ("plugin_name", "plugin_namespace", "plugin_version"),
+    "IPluginV3": ("get_capability_interface", "clone"),
+    "IPluginCreatorV3One": ("create_plugin", "field_names", "name", "plugin_namespace", "plugin_version"),
+}  # fmt: skip
+
+
+def used_names() -> set[tuple[str, ...]]:
+    """Chains that begin with `trt` in the sources, such as (PreviewFeature, ALIASED_PLUGIN_IO_10_03)."""
+    found: set[tuple[str, ...]] = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            while isinstance(node, ast.Attribute):
+                names, node = [node.attr, *names], node.value
+            if names and isinstance(node, ast.Name) and node.id == "trt":
+                found.add(tuple(names))
+    return {names for names in found if names[0] not in RTX_ONLY and not names[0].startswith("__")}
+
+
+@pytest.mark.parametrize("version", BINDINGS)
+def test_every_name_that_we_use_exists_in(version: str) -> None:
+    recorded = json.loads(API.read_text())[version]
+    wanted = used_names() | {(name, member) for name, members in MEMBERS.items() for member in members}
+    assert len(wanted) > 60, "the sources are not where this test looks for them"
+    for name, *members in wanted:
+        assert name in recorded, f"trt.{name} is not in TensorRT {version}"
+        # further parts, such as __init__, are Python's
+        if members and not members[0].startswith("_"):
+            assert name in CLASSES, f"record trt.{name} as well: add it to record_api.CLASSES"
+            assert members[0] in recorded[name], f"trt.{name}.{members[0]} is not in TensorRT {version}"
+
+
+def test_the_same_names_exist_in_tensorrt_rtx(rtx: str) -> None:
+    module = load_tensorrt(rtx)
+    for name, *members in used_names() | {(name, member) for name, each in MEMBERS.items() for member in each}:
+        assert hasattr(module, name), f"trt.{name}"
+        if members:
+            assert hasattr(getattr(module, name), members[0]), f"trt.{name}.{members[0]}"
