@@ -33,7 +33,7 @@ from vl2.nano.batches import (
     Batch,
     batch_stream,
 )
-from vl2.nano.checkpoint_files import training_values, write_checkpoint
+from vl2.nano.checkpoint_files import read_state, training_values, write_checkpoint
 from vl2.nano.geometry import config_dict
 from vl2.nano.helper import Exchange, run_helper
 from vl2.nano.losses import Outcome, auxiliary_shapes, batch_loss
@@ -110,13 +110,19 @@ class Trainer:
         self.average = self.parameters.master.clone()
         self.optimizer = Muon(self.master, self.parameters.sizes, plan.weight_decay)
         if run:
-            self._go_on(torch.load(start / "state.pt", weights_only=True))
+            self._go_on(start)
 
-    def _go_on(self, state: dict) -> None:
-        """From the weights of another run, its training-only heads included; step and optimizer begin anew."""
+    def _go_on(self, run: Path) -> None:
+        """From the averaged weights of another run, its training-only heads included; step and optimizer begin anew.
+
+        What the other variant has under another name or in another shape, its attention, begins anew as well.
+        """
+        state, given = read_state(run)
         self.pages, self.seconds = state["pages"], state["seconds"]
-        self.master.data.copy_(state["master"])
-        self.average.copy_(state["average"])
+        for name, value in self.parameters.named(self.master.data).items():
+            if name in given and given[name].shape == value.shape:
+                value.copy_(given[name])
+        self.average.copy_(self.master.data)
         self.parameters.refresh()
 
     def save(self) -> None:
