@@ -6,11 +6,14 @@ The traced graph holds standard operators and some of our own, which lowerings r
 
 from __future__ import annotations
 
+import functools
+import gc
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -52,7 +55,7 @@ def trace(
     """The ONNX model of a module on the meta device; initializers named as its parameters, without data."""
     substitute(module, substitutes)
     arguments = tuple(_sample(port) for port in inputs)
-    with _quiet(), torch.no_grad():
+    with _quiet(), _uninterrupted(), _translations_kept(), torch.no_grad():
         program = torch.export.export(module.eval(), arguments, dynamic_shapes=_dynamic(module, inputs), strict=False)
         translated = torch.onnx.export(
             program,
@@ -100,6 +103,44 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Without garbage collection, which walks the millions of objects of a trace again and again: a tenth of it."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
+@contextmanager
+def _translations_kept() -> Iterator[None]:
+    """torch.onnx asks onnxscript anew in every export for all translations, some 3,000: a quarter of a small trace.
+
+    Where onnxscript keeps that function elsewhere, exports just take longer.
+    """
+    try:
+        from onnxscript._framework_apis import torch_2_5 as answers
+    except ImportError:
+        answers = None
+    if not hasattr(answers, "get_torchlib_ops"):
+        yield
+        return
+    asked = answers.get_torchlib_ops
+    answers.get_torchlib_ops = functools.partial(_kept, asked)
+    try:
+        yield
+    finally:
+        answers.get_torchlib_ops = asked
+
+
+@functools.cache
+def _kept(asked: Callable[[], Any]) -> Any:
+    return asked()
 
 
 _ATTRIBUTES = {int: OpSchema.AttrType.INT, bool: OpSchema.AttrType.INT, float: OpSchema.AttrType.FLOAT,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,8 +23,11 @@ LONGEST = ("test_budget.py", "test_readme.py", "test_packaging.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first."""
+    """The longest files first; a file's tests on one worker, and all of tests/export, which share their traces."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
+    for item in items:
+        group = item.path.parent if item.path.parent.name == "export" else item.path
+        item.add_marker(pytest.mark.xdist_group(str(group.relative_to(GOLDENS.parent))))
 
 
 @pytest.fixture(scope="session")
@@ -54,19 +56,10 @@ def bundle_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
             if not (root / name).exists():
                 from vl2.export import ExportOptions, export_checkpoint
 
-                keep_translations()
                 export_checkpoint(checkpoint, root / name, ExportOptions(scheme, lowering=lowering))
         return root / name
 
     return export_once
-
-
-@functools.cache
-def keep_translations() -> None:
-    """torch.onnx asks onnxscript for its translations, some 3,000 functions, once a trace: a fifth of an export."""
-    from onnxscript._framework_apis import torch_2_5 as answers
-
-    answers.get_torchlib_ops = functools.cache(answers.get_torchlib_ops)
 
 
 def _shared_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
