@@ -1,8 +1,8 @@
 """Turns a float32 graph into one of float16 where it counts: strongly typed, so that nothing is chosen by a builder.
 
-Matrix products run in float16, but for those with a matrix stored as float32 (the router); what only moves numbers keeps
-their type; all else (norms, sums of the residual stream, rotary tables) stays float32. Casts stand at the borders, once
-a value.
+Matrix products run in float16, but for those with a matrix stored as float32 (the router); what only moves numbers
+keeps their type; all else (norms, sums of the residual stream, rotary tables) stays float32. Casts stand at the
+borders, once a value.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -65,6 +64,8 @@ def build_engines(bundle: Path, target: EngineTarget, sizes: EngineSizes, progre
     VL2Error where a build fails.
     """
     with locked_folder(bundle, "engine build"):
+        if target.name in read_manifest(bundle).engines:
+            _drop(bundle, target.name)
         manifest = read_manifest(bundle)
         facts: dict[str, EngineFacts] = {}
         ranges = {name: profiles(name, graph, sizes) for name, graph in manifest.graphs.items()}
@@ -90,16 +91,15 @@ def engine_file(graph: str, target: str) -> str:
     return f"{graph}.{target}.engine"
 
 
-def drop_engines(bundle: Path, target: str) -> None:
-    """Takes a target's engines out of the manifest and then off the disk."""
+def _drop(bundle: Path, target: str) -> None:
+    """Takes a target's engines out of the manifest and then off the disk, so that the bundle is whole at any time."""
     manifest = read_manifest(bundle)
     gone = manifest.engines[target].files.values()
     files = {name: facts for name, facts in manifest.files.items() if name not in gone}
     engines = {name: record for name, record in manifest.engines.items() if name != target}
     write_manifest(bundle, replace(manifest, files=files, engines=engines))
     for name in gone:
-        if (bundle / name).exists():
-            os.unlink(bundle / name)
+        (bundle / name).unlink(missing_ok=True)
 
 
 def _recorded(bundle: Path, manifest: Manifest, target: str, record: EngineRecord) -> Manifest:

@@ -14,8 +14,8 @@ from vl2 import __version__
 from vl2.errors import VL2Error
 
 # Verbs in data-flow order; each lives in a module of its own name and is the `command` there.
-VERBS = ("plan", "calibrate", "quantize", "convert", "export", "inspect", "run", "chat", "serve", "record", "layers",
-         "compare", "bench", "demo", "doctor")
+VERBS = ("plan", "calibrate", "quantize", "convert", "export", "engine", "inspect", "run", "chat", "serve", "record",
+         "layers", "compare", "bench", "demo", "doctor")
 
 
 class VerbGroup(click.Group):

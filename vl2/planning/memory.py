@@ -9,6 +9,9 @@ from vl2.planning.demand import PromptSize
 from vl2.planning.models import PlannedModel
 from vl2.planning.schemes import CPU, ORT, Storage
 
+# Lowerings whose attention writes its cache and keeps scores of a few positions only.
+_IN_PLACE = (CPU, "trt")
+
 _FLOAT = 4
 # Measured with vl2-nano: Python, NumPy, Pillow, tokenizers, onnxruntime, both graphs loaded.
 PROCESS_BYTES = 87 << 20
@@ -77,10 +80,10 @@ def cache_bytes(config: LanguageConfig, element: int = _FLOAT) -> int:
 def _decoder_bytes(config: LanguageConfig, lowering: str, size: PromptSize, element: int) -> int:
     """What one chunk of prefill holds: its new cache entries, states, and the largest of attention, experts, dense.
 
-    The operator library writes into the cache and keeps scores of a few positions only.
+    Operators of our own write into the cache and keep scores of a few positions only.
     """
     hidden, heads, chunk = config.hidden_size, config.num_attention_heads, size.chunk
-    inside = lowering == CPU
+    inside = lowering in _IN_PLACE
     scores = 3 * heads * chunk * size.prompt_tokens  # scores, masked, softmax
     if config.use_mla:
         scores += 2 * heads * chunk * (config.kv_lora_rank + config.qk_rope_head_dim)

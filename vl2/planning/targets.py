@@ -6,6 +6,7 @@ the tensor cores' dense rate.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from vl2.errors import VL2Error
 from vl2.json_file import from_json, read_json
 
 LOCAL = ("local", "local-gpu")
-# cpu: onnxruntime on the CPU; cuda: onnxruntime-gpu; engine: TensorRT or TensorRT-RTX, which this version cannot build.
+# cpu: onnxruntime on the CPU; cuda: onnxruntime-gpu; engine: TensorRT or TensorRT-RTX.
 BACKENDS = ("cpu", "cuda", "engine")
+_RTX = "TensorRT-RTX"
 _MEMORIES = ("shared", "dedicated", "host")
 _SHIPPED = Path(__file__).with_name("targets.json")
 _GIB = 1 << 30
@@ -26,7 +28,8 @@ class Target:
     """One device.
 
     memory: "shared" by CPU and GPU, "dedicated" to a GPU, or "host" where there is no GPU; usable_share: of it, what a
-    program can have beside system and desktop. source: where the figures are from.
+    program can have beside system and desktop. source: where the figures are from. jetpack, tensorrt: versions for it;
+    one that begins with TensorRT-RTX makes that its backend for engines.
     """
 
     description: str
@@ -52,6 +55,16 @@ class Target:
         _expect("cpu" not in self.backends or self.cpu_gflops, "cpu_gflops", self.cpu_gflops, "a rate, as cpu runs")
         on_gpu = "cuda" in self.backends or "engine" in self.backends
         _expect(not on_gpu or self.fp16_tflops, "fp16_tflops", self.fp16_tflops, "a rate, as cuda or engine runs")
+        capability = self.compute_capability
+        known = capability is None or re.fullmatch(r"\d+\.\d", capability)
+        _expect(known, "compute_capability", capability, "two numbers such as 8.7")
+
+    @property
+    def engine_backend(self) -> str | None:
+        """Which TensorRT builds for it: `tensorrt-rtx` where its `tensorrt` names TensorRT-RTX, else `tensorrt`."""
+        if "engine" not in self.backends:
+            return None
+        return "tensorrt-rtx" if any(version.startswith(_RTX) for version in self.tensorrt) else "tensorrt"
 
     @property
     def usable_bytes(self) -> float:

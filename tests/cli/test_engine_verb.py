@@ -1,0 +1,94 @@
+"""`vl2 engine`: fit before work, engines in the bundle, and the command for a device that has to build its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from vl2.cli import cli, run_command
+from vl2.manifest import check_files, read_manifest
+from vl2.plugins.cuda.pack import pack_hash
+from vl2.plugins.tensorrt.flavour import RTX, is_installed
+
+needs_rtx = pytest.mark.skipif(not is_installed(RTX), reason="tensorrt-rtx is not installed")
+
+
+@pytest.fixture
+def bundle(goldens: Path, bundle_of, tmp_path: Path) -> Path:
+    """A copy that engines may be built into."""
+    return Path(shutil.copytree(bundle_of(goldens / "tiny-mini", "fp16", "trt"), tmp_path / "tiny.bundle"))
+
+
+def run(bundle: Path, *arguments: str) -> int:
+    return run_command(cli, "vl2", ["engine", str(bundle), *arguments])
+
+
+@needs_rtx
+def test_engines_are_built_into_the_bundle_and_recorded(bundle: Path, capsys: pytest.CaptureFixture) -> None:
+    sizes = ("--context", "256", "--prefill-chunk", "64", "--tiles", "2")
+    assert run(bundle, "--target", "rtx-4090", "--json", *sizes) == 0
+    facts = json.loads(capsys.readouterr().out)
+    manifest = read_manifest(bundle)
+    record = manifest.engines["rtx-4090"]
+    assert record.files == {"vision": "vision.rtx-4090.engine", "decoder": "decoder.rtx-4090.engine"}
+    assert (record.backend, record.compute_capability, record.kernels) == (RTX, "8.9", pack_hash())
+    assert record.sizes == {"context": 256, "prefill_chunk": 64, "tiles": 2}
+    assert len(record.profiles["decoder"]) == 2 and facts["engines"]["files"] == record.files
+    check_files(bundle, manifest)
+    assert run(bundle, "--target", "rtx-4090", *sizes) == 1
+    assert "has engines for rtx-4090 already" in capsys.readouterr().err
+
+
+def test_a_board_gets_the_command_to_run_on_it(bundle: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(bundle, "--target", "orin-nano-8gb", "--context", "2048") == 1
+    told = capsys.readouterr().err
+    assert "are built by tensorrt on the device itself" in told and "no GPU of compute capability 8.7" in told
+    assert "vl2 engine tiny.bundle --target orin-nano-8gb --context 2048 --prefill-chunk 512 --tiles 10" in told
+    assert not read_manifest(bundle).engines
+
+
+def test_a_dry_run_builds_nothing(bundle: Path, capsys: pytest.CaptureFixture) -> None:
+    before = sorted(path.name for path in bundle.iterdir())
+    assert run(bundle, "--target", "rtx-3060", "--dry-run") == 0
+    assert "a run needs 0." in capsys.readouterr().out
+    assert sorted(path.name for path in bundle.iterdir()) == before
+
+
+def targets_file(folder: Path, **changes: object) -> Path:
+    """One target in a file of a user's."""
+    target = {"description": "a small GPU", "memory": "dedicated", "memory_gib": 4, "bandwidth_gb_s": 192,
+              "usable_share": 0.9, "compute_capability": "8.6", "fp16_tflops": 9, "backends": ["engine"],
+              "tensorrt": ["TensorRT-RTX 1.7"], "source": "a data sheet"}  # fmt: skip
+    (folder / "mine.json").write_text(json.dumps({"mine": {**target, **changes}}))
+    return folder / "mine.json"
+
+
+def test_what_does_not_fit_is_refused_before_any_work(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = targets_file(tmp_path, memory_gib=0.5)
+    assert run(bundle, "--target", "mine", "--targets", str(file)) == 1
+    assert "a run on mine needs" in (told := capsys.readouterr().err) and "usable there" in told
+
+
+@pytest.mark.parametrize("changes, told", [
+    ({"backends": ["cpu"], "cpu_gflops": 100}, "mine runs cpu, and no TensorRT engines"),
+    ({"compute_capability": None}, "has no compute_capability"),
+    ({"compute_capability": "sm_86"}, "compute_capability is 'sm_86', expected two numbers"),
+])  # fmt: skip
+def test_targets_that_take_no_engines_are_told_why(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture, changes: dict, told: str
+) -> None:
+    assert run(bundle, "--target", "mine", "--targets", str(targets_file(tmp_path, **changes))) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_a_bundle_of_another_lowering_is_refused_with_the_export(
+    goldens: Path, bundle_of, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(bundle_of(goldens / "tiny-mini"), "--target", "rtx-3060") == 1
+    told = capsys.readouterr().err
+    assert "has the lowering `portable`" in told and "vl2 export CHECKPOINT --lowering trt" in told

@@ -1,0 +1,184 @@
+"""`vl2 engine`: TensorRT engines of a bundle for a device, built here or, where that cannot be, the command for it."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vl2.cli.options import debug_option, json_option
+from vl2.errors import VL2Error
+
+
+@click.command("engine")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--target",
+    required=True,
+    metavar="NAME",
+    help="A device of `vl2 plan --list-targets`; local is the GPU of this machine.",
+)
+@click.option(
+    "--targets",
+    "targets_file",
+    type=click.Path(path_type=Path),
+    help="A file of more targets, like vl2/planning/targets.json.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
+    help="Without it TensorRT-RTX for GeForce and RTX GPUs, TensorRT for all others.",
+)
+@click.option(
+    "--context", type=click.IntRange(min=1), help="Tokens the cache holds; all that the model holds without it."
+)
+@click.option(
+    "--prefill-chunk",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Prompt tokens a prefill step takes.",
+)
+@click.option(
+    "--tiles",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="Image tiles that one run of the tower takes; more go through by turns.",
+)
+@click.option("--dry-run", is_flag=True, help="Check only whether they fit and where they can be built.")
+@click.option("--force", is_flag=True, help="Build again over engines that the bundle has for the target.")
+@json_option
+@debug_option
+def command(bundle: Path, as_json: bool, **choices: Any) -> None:
+    """Build TensorRT engines of BUNDLE (of `vl2 export --lowering trt`) for a device, into the bundle.
+
+    Engines for GeForce and RTX GPUs are built on any x86-64 Linux machine with the extra [engine]; those for Jetson
+    boards on the board itself. This version of vl2 does not run engines yet.
+    """
+    from vl2.manifest import check_sizes, read_manifest
+    from vl2.planning.engine_fit import check_fit, engine_fit
+    from vl2.planning.targets import read_targets
+
+    name, targets = choices["target"], read_targets(choices["targets_file"])
+    target = _target(name, targets)
+    backend = choices["backend"] or target.engine_backend
+    fit = engine_fit(str(bundle), target, choices["context"], choices["prefill_chunk"])
+    manifest = read_manifest(bundle)
+    check_sizes(bundle, manifest)
+    here = _builds_here(backend, target)
+    check_fit(fit, name, built_there=backend == "tensorrt")
+    if name in manifest.engines and not choices["force"] and not choices["dry_run"]:
+        raise VL2Error(f"{bundle} has engines for {name} already", "give --force to build them again")
+    context = choices["context"] or manifest.language.max_position_embeddings
+    command = _command(bundle, name, context, choices)
+    if not here:
+        raise VL2Error(
+            f"the engines for {name} fit ({fit.run.peak / 1e9:.2f} of {fit.usable / 1e9:.2f} GB), and are "
+            f"built by {backend} on the device itself: this machine has no GPU of compute capability "
+            f"{target.compute_capability}",
+            f"copy the bundle there and run `{command}`",
+        )
+    facts: dict[str, Any] = {
+        "bundle": str(bundle),
+        "target": name,
+        "backend": backend,
+        "fit": fit.to_dict(),
+        "command": command,
+    }
+    if not choices["dry_run"]:
+        facts["engines"] = _build(bundle, (name, target, backend), context, choices)
+    click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _describe(facts))
+
+
+def _target(name: str, targets: Any) -> Any:
+    from vl2.planning.local import local_target
+    from vl2.planning.targets import target_named
+
+    target = local_target("local-gpu") if name in ("local", "local-gpu") else target_named(name, targets)
+    if target.engine_backend is None:
+        raise VL2Error(
+            f"{name} runs {', '.join(target.backends)}, and no TensorRT engines",
+            "vl2 export without --lowering makes what it runs",
+        )
+    if target.compute_capability is None:
+        raise VL2Error(
+            f"{name} has no compute_capability, which engines are built for",
+            'add it to the file of targets, such as "8.7" (developer.nvidia.com/cuda-gpus)',
+        )
+    return target
+
+
+def _builds_here(backend: str, target: Any) -> bool:
+    """TensorRT-RTX compiles for any of its GPUs; TensorRT measures kernels on the GPU it builds for."""
+    return backend == "tensorrt-rtx" or target.compute_capability in _capabilities()
+
+
+def _capabilities() -> list[str]:
+    from vl2.machine.cuda_driver import DriverError, find_gpus
+
+    try:
+        return [gpu.compute_capability for gpu in find_gpus()]
+    except DriverError:
+        return []
+
+
+def _build(bundle: Path, chosen: tuple[str, Any, str], context: int, choices: dict[str, Any]) -> dict[str, Any]:
+    from vl2.json_file import to_json
+    from vl2.plugins.tensorrt.engines import EngineSizes, EngineTarget, build_engines
+    from vl2.plugins.tensorrt.flavour import load_tensorrt
+
+    name, target, backend = chosen
+    load_tensorrt(backend)
+    sizes = EngineSizes(context, min(choices["prefill_chunk"], context), choices["tiles"])
+    where = EngineTarget(name, backend, target.compute_capability, on_this_gpu=backend == "tensorrt")
+
+    def progress(graph: str, number: int, total: int) -> None:
+        if number < total:
+            click.echo(f"building {graph} ({number + 1} of {total})", err=True)
+
+    return to_json(build_engines(bundle, where, sizes, progress))
+
+
+def _command(bundle: Path, name: str, context: int, choices: dict[str, Any]) -> str:
+    """What builds the same engines on the device."""
+    words = [
+        "vl2",
+        "engine",
+        bundle.name,
+        "--target",
+        name,
+        "--context",
+        str(context),
+        "--prefill-chunk",
+        str(choices["prefill_chunk"]),
+        "--tiles",
+        str(choices["tiles"]),
+    ]
+    if choices["targets_file"] is not None:
+        words += ["--targets", choices["targets_file"].name]
+    return shlex.join(words)
+
+
+def _describe(facts: dict[str, Any]) -> str:
+    run, fit = facts["fit"]["run"], facts["fit"]
+    lines = [
+        f"{facts['bundle']} for {facts['target']} by {facts['backend']}: a run needs {run['peak'] / 1e9:.2f} of "
+        f"{fit['usable_bytes'] / 1e9:.2f} GB (estimated)"
+    ]
+    if "engines" not in facts:
+        return "\n".join([*lines, f"build with `{facts['command']}`"])
+    record = facts["engines"]
+    for graph, built in record["builds"].items():
+        lines.append(
+            f"{record['files'][graph]}: {built['size_bytes'] / 1e6:.1f} MB, {built['seconds']:.1f} s, peak memory "
+            f"{built['peak_rss_bytes'] / 1e9:.2f} GB"
+        )
+    return "\n".join(
+        [
+            *lines,
+            f"{record['backend']} {record['version']}, compute capability "
+            f"{record['compute_capability']}; built, and not run: this vl2 has no runtime for engines yet",
+        ]
+    )
