@@ -63,13 +63,21 @@ def _named_tokens(folder: Path) -> dict[str, str]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             entries = read_json(folder / name)
-            texts = {role: token["content"] if isinstance(token, dict) else token for role, token in entries.items()
-                     if role in ("bos_token", "eos_token", "pad_token")}
-            return {role: text for role, text in texts.items() if text is not None}
+            roles = (role for role in ("bos_token", "eos_token", "pad_token") if entries.get(role) is not None)
+            return {role: _text(entries[role], folder / name, role) for role in roles}
     raise VL2Error(
         f"{folder}: neither special_tokens_map.json nor tokenizer_config.json is there",
         "copy both from the model's repository into the folder",
     )
+
+
+def _text(token: object, path: Path, role: str) -> str:
+    """A token is its text, or an object that has it as `content`."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str) or not text:
+        raise VL2Error(f"{path}: {role} is {token!r}, expected a token's text or an object with its `content`",
+                       "fetch the file again")
+    return text
 
 
 def _add_missing(tokenizer: Tokenizer, tokens: list[str]) -> None:
