@@ -87,7 +87,7 @@ def main() -> None:
     for capability in given.capability:
         for name in ("decoder", *(["vision"] if given.vision else [])):
             facts = build(name, config, storing, capability)
-            print(json.dumps({"variant": given.variant, "layers": given.layers, "scheme": given.scheme,
+            print(json.dumps({"variant": given.variant, "decoder_layers": given.layers, "scheme": given.scheme,
                               "capability": capability, **facts}), flush=True)
 
 

@@ -40,7 +40,7 @@ def check_engines(target: str, record: EngineRecord, host: EngineHost) -> None:
     for what, built, here in facts:
         if built != here:
             raise VL2Error(f"the engines for {target} were built for {what} {built}, and here it is {here}",
-                           "build them for this machine: `vl2 engine BUNDLE --target local`")
+                           f"build them again: `vl2 engine BUNDLE --target {target} --force`")
     if record.kernels != host.kernels:
         raise VL2Error(f"the engines for {target} need plugins of the sources {record.kernels[:12]}, and this vl2 has "
                        f"{host.kernels[:12]}", f"build them again: `vl2 engine BUNDLE --target {target} --force`")

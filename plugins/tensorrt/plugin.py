@@ -1,6 +1,6 @@
 """The operators as IPluginV3 in Python, for TensorRT 10.3 and later and TensorRT-RTX 1.7: one class for all of them.
 
-Only names that all these versions have (`benchmarks/tensorrt_api.py` checks it).
+Only names that all these versions have (`tests/plugins/tensorrt/test_api.py` checks it).
 """
 
 from __future__ import annotations

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from vl2.cli import cli, run_command
-from vl2.manifest import check_files, read_manifest
+from vl2.manifest import check_files, read_manifest, write_manifest
 from vl2.plugins.cuda.pack import pack_hash
 from vl2.plugins.tensorrt.flavour import RTX, is_installed
 
@@ -40,6 +41,11 @@ def test_engines_are_built_into_the_bundle_and_recorded(bundle: Path, capsys: py
     check_files(bundle, manifest)
     assert run(bundle, "--target", "rtx-4090", *sizes) == 1
     assert "has engines for rtx-4090 already" in capsys.readouterr().err
+    older = replace(manifest, engines={"rtx-4090": replace(record, version="1.6.1.0")})
+    write_manifest(bundle, older)
+    assert run(bundle, "--target", "rtx-4090", *sizes) == 1
+    told = capsys.readouterr().err
+    assert "were built for version 1.6.1.0, and here it is 1.7" in told and "--target rtx-4090 --force" in told
 
 
 def test_a_board_gets_the_command_to_run_on_it(bundle: Path, capsys: pytest.CaptureFixture) -> None:

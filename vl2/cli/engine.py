@@ -70,7 +70,7 @@ def command(bundle: Path, as_json: bool, **choices: Any) -> None:
     here = _builds_here(backend, target)
     check_fit(fit, name, built_there=backend == "tensorrt")
     if name in manifest.engines and not choices["force"] and not choices["dry_run"]:
-        raise VL2Error(f"{bundle} has engines for {name} already", "give --force to build them again")
+        _check_those_there(bundle, name, manifest.engines[name], (backend, target))
     context = choices["context"] or manifest.language.max_position_embeddings
     command = _command(bundle, name, context, choices)
     if not here:
@@ -90,6 +90,18 @@ def command(bundle: Path, as_json: bool, **choices: Any) -> None:
     if not choices["dry_run"]:
         facts["engines"] = _build(bundle, (name, target, backend), context, choices)
     click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _describe(facts))
+
+
+def _check_those_there(bundle: Path, name: str, record: Any, chosen: tuple[str, Any]) -> None:
+    """Raises VL2Error: that the engines serve already, or why they do not."""
+    from vl2.engine_record import EngineHost, check_engines
+    from vl2.plugins.cuda.pack import pack_hash
+    from vl2.plugins.tensorrt.flavour import load_tensorrt
+
+    backend, target = chosen
+    version = load_tensorrt(backend).__version__
+    check_engines(name, record, EngineHost(backend, version, target.compute_capability, pack_hash()))
+    raise VL2Error(f"{bundle} has engines for {name} already", "give --force to build them again, of other sizes")
 
 
 def _target(name: str, targets: Any) -> Any:

@@ -44,11 +44,11 @@ def check_gpu() -> Iterator[Check]:
 
 
 def check_tensorrt() -> Iterator[Check]:
-    """Makes a builder with each TensorRT that is installed; this version of vl2 builds no engines with it yet."""
+    """Makes a builder with each TensorRT that is installed: what `vl2 engine` needs."""
     for module, (name, mend) in _TENSORRTS.items():
         if importlib.util.find_spec(module) is None:
             mend = "sudo apt install nvidia-jetpack" if is_jetson() and module == "tensorrt" else mend
-            yield Check("engines", name, MISSING, "not installed; this version of vl2 builds no engines",
+            yield Check("engines", name, MISSING, "not installed; only `vl2 engine` needs it",
                         mend if gpu_is_possible() else None)
             continue
         answer, error = attempt(f"import {module} as trt; builder = trt.Builder(trt.Logger(trt.Logger.ERROR)); "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from vl2.errors import VL2Error
@@ -48,3 +51,10 @@ def test_a_missing_or_mistyped_attribute_is_named() -> None:
     for given, told in (({"N": 4}, "no attribute `K`"), ({"N": "4"}, "`N` of vl2::Linear is '4', expected int")):
         with pytest.raises(VL2Error, match=told):
             OPERATORS["Linear"].check_attributes(given)
+
+
+def test_a_board_needs_neither_torch_nor_onnx_to_build() -> None:
+    code = ("import sys, vl2.plugins.tensorrt.engines, vl2.plugins.tensorrt.build, vl2.planning.engine_fit;"
+            "sys.exit(str({'torch', 'onnx', 'onnx_ir', 'safetensors'} & set(sys.modules) or '') or 0)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
