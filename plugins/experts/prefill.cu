@@ -35,7 +35,7 @@ DEVICE void product(const Matrix (&m)[1], const Tokens& all, int start, const in
 }
 
 #define PRODUCT(bits, name)                                                                                                   \
-  KERNEL(128, 4) name(const unsigned char* __restrict__ codes, const half_t* __restrict__ scales, const half_t* __restrict__ x,  \
+  KERNEL(128, 3) name(const unsigned char* __restrict__ codes, const half_t* __restrict__ scales, const half_t* __restrict__ x,  \
                    const int* __restrict__ source, const int* __restrict__ target, const int* __restrict__ offsets,           \
                    half_t* __restrict__ y, int tokens, int rows, int columns, int shift, int stride, int offset) {            \
     const Matrix m[1] = {{codes, scales, columns, shift}};                                                                    \

@@ -69,15 +69,30 @@ DEVICE void copy_step(unsigned char* stage, const half_t* const (&from)[TILE / 1
     }
 }
 
+// The scales of a warp's four times eight rows at a column, each twice; they are waited for together with the copies.
+template <int BITS, int STREAMS>
+DEVICE void load_scales(const Matrix (&m)[STREAMS], long long place, int row, int rows, int k, half2_t (&scales)[STREAMS][4]) {
+  if (BITS == 16) return;
+  const int column = k < m[0].columns ? k : m[0].columns - 1;
+#pragma unroll
+  for (int s = 0; s < STREAMS; s++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const int n = row + threadIdx.x / 32 % 2 * 32 + j * 8 + threadIdx.x % 32 / 4;
+      const half_t scale = m[s].scales[(place + (n < rows ? n : rows - 1)) * groups_of<BITS>(m[s]) + (column >> m[s].shift)];
+      scales[s][j] = scale | static_cast<half2_t>(scale) << 16;
+    }
+}
+
 // sums += one step; warp w does tokens 32 (w / 2) … and rows 32 (w % 2) …, as two by four fragments of 16 × 8.
 template <int BITS, int STREAMS>
 DEVICE void multiply_step(const unsigned char* stage, const Matrix (&m)[STREAMS], long long place, int row, int rows, int k,
-                          float (&sums)[STREAMS][2][4][4]) {
+                          half2_t (&scales)[STREAMS][4], float (&sums)[STREAMS][2][4][4]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const unsigned char* activations = stage + (warp / 2 * 32 + g) * A_STRIDE + t * 4;
-  half2_t scales[STREAMS][4];
 #pragma unroll
   for (int kk = 0; kk < STEP; kk += 16) {
+    if (BITS < 16 && kk && m[0].shift < 6) load_scales<BITS, STREAMS>(m, place, row, rows, k + kk, scales);
     half2_t a[2][4];
 #pragma unroll
     for (int i = 0; i < 2; i++)
@@ -89,11 +104,6 @@ DEVICE void multiply_step(const unsigned char* stage, const Matrix (&m)[STREAMS]
     for (int s = 0; s < STREAMS; s++, codes += TILE * Packed<BITS>::STRIDE)
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        if (BITS < 16 && (kk == 0 || m[s].shift < 6)) {
-          const int n = row + warp % 2 * 32 + j * 8 + g, column = k + kk < m[s].columns ? k + kk : m[s].columns - 1;
-          const half_t scale = m[s].scales[(place + (n < rows ? n : rows - 1)) * groups_of<BITS>(m[s]) + (column >> m[s].shift)];
-          scales[s][j] = scale | static_cast<half2_t>(scale) << 16;
-        }
         half2_t b[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -128,12 +138,14 @@ DEVICE void multiply_tile(unsigned char* memory, const Tokens& tokens, const Mat
     copy_commit();
   }
   for (int i = 0; i < steps; i++) {
+    half2_t scales[STREAMS][4];
+    load_scales<BITS, STREAMS>(m, place, row, rows, i * STEP, scales);
     copy_wait<stages - 2>();
     __syncthreads();
     const int next = i + stages - 1;
     if (next < steps) copy_step<BITS, STREAMS>(memory + next % stages * bytes, from, exists, m, place, row, rows, next * STEP);
     copy_commit();
-    multiply_step<BITS, STREAMS>(memory + i % stages * bytes, m, place, row, rows, i * STEP, sums);
+    multiply_step<BITS, STREAMS>(memory + i % stages * bytes, m, place, row, rows, i * STEP, scales, sums);
   }
   copy_wait<0>();
 }

@@ -77,6 +77,14 @@ template <int BITS, bool WIDE> DEVICE uint4 load_chunk(const unsigned char* row,
           left > 12 ? stream4(p + 12) : zero};
 }
 
+// The scale of a chunk's first 16 columns and, with groups of 16, of its next.
+template <int BITS> DEVICE half2_t load_scales(const Row& row, const Matrix& m, int column) {
+  if (BITS == 16) return 0;
+  const half2_t scale = row.scales[column >> m.shift];
+  const bool second = BITS == 4 && m.shift == 4 && column + 16 < m.columns;
+  return scale | (second ? row.scales[(column >> 4) + 1] : scale) << 16;
+}
+
 // Adds columns [from, from + count) of STREAMS rows times x to their sums; `from` is a multiple of a chunk.
 template <int BITS, int STREAMS, bool WIDE>
 DEVICE void add_products(const Row (&rows)[STREAMS], const Matrix& m, const float* x, int from, int count, float (&sums)[STREAMS]) {
@@ -85,22 +93,24 @@ DEVICE void add_products(const Row (&rows)[STREAMS], const Matrix& m, const floa
   const float4* planes = reinterpret_cast<const float4*>(x);
   for (int c = lane; c < chunks; c += GEMV_LANES * UNROLL) {
     uint4 words[UNROLL][STREAMS];
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++)
-#pragma unroll
-      for (int r = 0; r < STREAMS; r++)
-        if (c + u * GEMV_LANES < chunks) words[u][r] = load_chunk<BITS, WIDE>(rows[r].codes, first + c + u * GEMV_LANES, row_bytes);
+    half2_t scales[UNROLL][STREAMS];
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
-      const int chunk = c + u * GEMV_LANES, column = from + chunk * columns;
-      if (chunk >= chunks) break;
+      const int chunk = c + u * GEMV_LANES;
+      if (chunk >= chunks) continue;
 #pragma unroll
       for (int r = 0; r < STREAMS; r++) {
-        float scale = 1.0f, next = 1.0f;
-        if (BITS < 16) next = scale = to_float(rows[r].scales[column >> m.shift]);
-        if (BITS == 4 && m.shift == 4 && column + 16 < m.columns) next = to_float(rows[r].scales[(column >> 4) + 1]);
-        sums[r] += dot_chunk<BITS>(words[u][r], planes + chunk, plane_stride(chunks), scale, next);
+        words[u][r] = load_chunk<BITS, WIDE>(rows[r].codes, first + chunk, row_bytes);
+        scales[u][r] = load_scales<BITS>(rows[r], m, from + chunk * columns);
       }
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      const int chunk = c + u * GEMV_LANES;
+      if (chunk >= chunks) continue;
+#pragma unroll
+      for (int r = 0; r < STREAMS; r++)
+        sums[r] += dot_chunk<BITS>(words[u][r], planes + chunk, plane_stride(chunks), low_half(scales[u][r]), high_half(scales[u][r]));
     }
   }
 }
