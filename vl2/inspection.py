@@ -133,6 +133,9 @@ def _bundle_lines(facts: dict[str, Any]) -> list[str]:
         for way in ("inputs", "outputs"):
             lines += [f"  {way[:-1]:6} {port['name']:22} {port['dtype']:8} {_shape(port['shape'])}"
                       for port in graph[way]]
+    lines += [f"engines for {target}: {record['backend']} {record['version']}, compute capability "
+              f"{record['compute_capability']}, context {record['sizes']['context']}"
+              for target, record in facts["engines"].items()]
     return [*lines, "", "files", *_file_lines(facts["files"])]
 
 

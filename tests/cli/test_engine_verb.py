@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vl2.cli import cli, run_command
+from vl2.inspection import describe, inspect_path
 from vl2.manifest import check_files, read_manifest, write_manifest
 from vl2.plugins.cuda.pack import pack_hash
 from vl2.plugins.tensorrt.flavour import RTX, is_installed
@@ -39,6 +40,8 @@ def test_engines_are_built_into_the_bundle_and_recorded(bundle: Path, capsys: py
     assert record.sizes == {"context": 256, "prefill_chunk": 64, "tiles": 2}
     assert len(record.profiles["decoder"]) == 2 and facts["engines"]["files"] == record.files
     check_files(bundle, manifest)
+    assert f"engines for rtx-4090: tensorrt-rtx {record.version}, compute capability 8.9, context 256" in describe(
+        inspect_path(bundle, False))
     assert run(bundle, "--target", "rtx-4090", *sizes) == 1
     assert "has engines for rtx-4090 already" in capsys.readouterr().err
     older = replace(manifest, engines={"rtx-4090": replace(record, version="1.6.1.0")})

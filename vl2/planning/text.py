@@ -78,7 +78,7 @@ def _speed_lines(run: Run) -> list[str]:
 def _workstation_lines(plan: Plan) -> list[str]:
     memory = plan.workstation
     parts = {"export": memory.export, "quantize with calibration": memory.quantize,
-             "engine build (not part of this version)": memory.build}
+             "engine build": memory.build}
     told = [f"{name} {_size(size)}" for name, size in parts.items() if size is not None]
     return ["peak memory where it is made: " + ", ".join(told)]
 
