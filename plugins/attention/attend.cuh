@@ -4,7 +4,7 @@
 #pragma once
 #include "device.cuh"
 
-static const int KEYS = 16, SCORES = 18, PAD = 8;  // SCORES: floats a row of scores has, PAD: halves between rows
+static constexpr int KEYS = 16, SCORES = 18, PAD = 8;  // SCORES: floats a row of scores has, PAD: halves between rows
 
 // rows [B, kv_heads, tokens · group, key_size] of queries with keys of `key_stride` halves a position.
 struct Attended {
@@ -132,6 +132,8 @@ template <int PAIRS> DEVICE void write_rows(const Attended& a, const Tiles& t, i
                 at % a.group * static_cast<long long>(a.y_group);
     const float sum = t.sums[r];
     if (splits > 1 && warp % 4 == 0 && lane % 4 == 0) a.marks[place * 2] = t.largest[r], a.marks[place * 2 + 1] = sum;
+    // A split beyond the conversation saw nothing: merging passes it by.
+    if (sum == 0.0f) continue;
 #pragma unroll
     for (int p = 0; p < PAIRS; p++)
 #pragma unroll
@@ -160,9 +162,11 @@ template <int PAIRS> DEVICE void attend(const Attended& a, long long past) {
 #pragma unroll
   for (int i = 0; i < PAIRS * 8; i++) (&sums[0][0][0])[i] = 0.0f;
   for (int r = threadIdx.x; r < block_rows; r += blockDim.x) t.largest[r] = bits_to_float(0xff800000u), t.sums[r] = 0.0f;
-  copy_rows(t.queries, t.key_stride, a.queries + (static_cast<long long>(blockIdx.z) * rows + row) * a.key_size, a.key_size,
-            a.key_size, block_rows, valid);
-  if (first < end) copy_tile(a, t, keys, values, first, end, 0);
+  if (first < end) {
+    copy_rows(t.queries, t.key_stride, a.queries + (static_cast<long long>(blockIdx.z) * rows + row) * a.key_size, a.key_size,
+              a.key_size, block_rows, valid);
+    copy_tile(a, t, keys, values, first, end, 0);
+  }
   for (int at = first, buffer = 0; at < end; at += KEYS, buffer ^= 1) {
     copy_wait<0>();
     __syncthreads();

@@ -85,3 +85,17 @@ def test_without_a_compiler_the_way_to_one_is_told(tmp_path, monkeypatch) -> Non
 def test_the_hash_covers_every_source() -> None:
     assert {path.name for path in pack.headers()} >= {"gemv.cuh", "gemm.cuh", "attend.cuh"}
     assert re.fullmatch(r"[0-9a-f]{64}", pack.pack_hash())
+
+
+def test_nvrtc_makes_a_cubin_and_ptx_and_tells_of_registers(tmp_path, monkeypatch) -> None:
+    library = nvrtc.find_nvrtc()
+    if library is None:
+        pytest.skip("NVRTC is not on this machine (pip install nvidia-cuda-nvrtc-cu12==12.6.77)")
+    monkeypatch.setattr(pack, "SOURCES", ("experts/routing.cu",))
+    made = pack.load("sm_87", tmp_path, library)
+    assert [one.kernel for one in made.resources] == ["vl2_route", "vl2_sort"]
+    assert made.image.startswith(b"\x7fELF")
+    assert b".target sm_80" in pack.load("compute_80", tmp_path, library).image
+    monkeypatch.setattr(pack, "FLAGS", ("--no-such-option",))
+    with pytest.raises(VL2Error, match="no-such-option"):
+        pack.load("sm_87", tmp_path / "other", library)
