@@ -18,16 +18,22 @@ MINI_CHECKPOINTS = ("tiny-mini", "small-mini", "base-mini")
 NANO = Path(__file__).parents[1] / "nano" / "checkpoint"
 
 
+# Tests that export go to one worker, which traces each kind of layer once.
+EXPORTING = ("test_budget.py", "test_convert_verb.py", "test_quantization_verbs.py", "test_engine_verb.py",
+             "test_verb.py", "test_nano.py", "test_bench.py", "test_room.py")  # fmt: skip
 # Few tests, each of minutes or nearly: begun last, they would be all that a second worker waits for.
-LONGEST = ("test_budget.py", "test_readme.py", "test_packaging.py")
+LONGEST = ("test_readme.py", "test_packaging.py", "test_calibrated.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; a file's tests on one worker, and all of tests/export, which share their traces."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    """The longest first; tests of a file on one worker."""
+    items.sort(key=lambda item: (not _exports(item.path), item.path.name not in LONGEST))
     for item in items:
-        group = item.path.parent if item.path.parent.name == "export" else item.path
-        item.add_marker(pytest.mark.xdist_group(str(group.relative_to(GOLDENS.parent))))
+        item.add_marker(pytest.mark.xdist_group("exports" if _exports(item.path) else str(item.path)))
+
+
+def _exports(path: Path) -> bool:
+    return path.parent.name == "export" or path.name in EXPORTING
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -64,12 +65,16 @@ def log_probabilities(model: DeepseekVL2, calibration: Path) -> Tensor:
     return model.language.lm_head(final_states(model, calibration)).double().log_softmax(dim=-1)
 
 
+@lru_cache(maxsize=4)
+def reference(checkpoint: Path, calibration: Path) -> Tensor:
+    return log_probabilities(reference_model(checkpoint), calibration)
+
+
 def divergence(checkpoint: Path, out: Path, calibration: Path) -> float:
     """Mean KLD of the dequantized model from the checkpoint's, over all positions of a calibration set."""
     model = reference_model(checkpoint)
-    want = log_probabilities(model, calibration)
     put_into(model, QuantizedCheckpoint(out).tensors)
-    got = log_probabilities(model, calibration)
+    want, got = reference(checkpoint, calibration), log_probabilities(model, calibration)
     assert bool(got.isfinite().all())
     return float((want.exp() * (want - got)).sum(dim=-1).mean())
 
