@@ -9,14 +9,11 @@ from vl2.planning.demand import Demand, prompt_size
 from vl2.planning.memory import RunMemory, run_memory
 from vl2.planning.models import planned_model
 from vl2.planning.targets import Target
+from vl2.planning.workstation import build_bytes
 
 # One image, which every candidate resolution can hold.
 _IMAGES = ((4096, 4096),)
 _LOWERING = "trt"
-# Peak of a builder (`benchmarks/engine_build.py`, TensorRT-RTX 1.7.1): itself with a decoder, whose weights are inputs,
-# and the tower's weights, which are constants, so many times. An estimate for TensorRT.
-_BUILDER_BYTES = 700 << 20
-_CONSTANT_COPIES = 4
 
 
 @dataclass(frozen=True)
@@ -43,8 +40,7 @@ def engine_fit(bundle: str, target: Target, context: int | None, prefill_chunk: 
         )
     size = prompt_size(model, Demand(_IMAGES, context=context, prefill_chunk=prefill_chunk))
     memory = run_memory(model, model.storage, size, "engine", target.memory == "shared")
-    build = _BUILDER_BYTES + _CONSTANT_COPIES * model.storage.vision_bytes
-    return EngineFit(memory, build, int(target.usable_bytes))
+    return EngineFit(memory, build_bytes(model), int(target.usable_bytes))
 
 
 def check_fit(fit: EngineFit, name: str, built_there: bool) -> None:

@@ -9,10 +9,10 @@ from vl2.planning.schemes import EXPERT_FORMS, Choice
 
 # As `vl2 export --dry-run` has it (measured 0.57 GB with the full-size Tiny).
 EXPORT_BYTES = 700 << 20
-# Not measured as a whole: libraries and context; a Small-size layer builds in 0.25 GiB when its weights are inputs
-# (shared/guide/tensorrt.md). The tower's float16 weights are in the engine, and builders hold three copies.
+# Measured with TensorRT-RTX (benchmarks/engine_build.py): decoders of 27 layers 0.54 GB, whose weights are inputs; the
+# tower, whose 0.84 GB are constants, 3.13 GB. The rest is for a GPU's context, not measured.
 _BUILDER_BYTES = 1 << 30
-_BUILDER_COPIES = 3
+_BUILDER_COPIES = 3.4
 # As `vl2.quant.demands` and `vl2.calib.demands` count: process, candidates of rows, squared inputs, copies.
 _QUANTIZE_PROCESS_BYTES = 520 << 20
 _HESSIANS_BYTES, _SITE_BYTES = 20 * 4, 8
@@ -32,12 +32,13 @@ def workstation_memory(model: PlannedModel, choice: Choice | None, engine: bool)
     """choice: None for a model that is stored already; engine: whether the target takes one."""
     quantized = choice is not None and choice.scheme in EXPERT_FORMS
     quantize = _quantize_bytes(model, EXPERT_FORMS[choice.scheme][0]) if quantized else None
-    return WorkstationMemory(EXPORT_BYTES, quantize, _build_bytes(model) if engine else None)
+    return WorkstationMemory(EXPORT_BYTES, quantize, build_bytes(model) if engine else None)
 
 
-def _build_bytes(model: PlannedModel) -> int:
+def build_bytes(model: PlannedModel) -> int:
+    """Peak of building engines."""
     vision = sum(tensor.parameters for tensor in model.tensors if tensor.module in ("vision", "projector"))
-    return _BUILDER_BYTES + _BUILDER_COPIES * 2 * vision
+    return int(_BUILDER_BYTES + _BUILDER_COPIES * 2 * vision)
 
 
 def _quantize_bytes(model: PlannedModel, bits: int) -> int:
