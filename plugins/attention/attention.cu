@@ -34,7 +34,7 @@ KERNEL(128) vl2_attention_prepare(const half_t* __restrict__ query, const half_t
 EXPORT(vl2_attention_prepare)
 
 // Heads of up to 256 numbers.
-KERNEL(256) vl2_attention(const half_t* __restrict__ queries, const half_t* __restrict__ key_cache,
+KERNEL(256, 2) vl2_attention(const half_t* __restrict__ queries, const half_t* __restrict__ key_cache,
                           const half_t* __restrict__ value_cache, const long long* __restrict__ past_length,
                           half_t* __restrict__ y, float* __restrict__ partial, float* __restrict__ marks, int tokens, int group,
                           int kv_heads, int size, int capacity, int chunk, float scale) {

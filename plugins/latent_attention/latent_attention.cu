@@ -36,7 +36,7 @@ KERNEL(128) vl2_latent_prepare(const half_t* __restrict__ query, const half_t* _
 EXPORT(vl2_latent_prepare)
 
 // Ranks of up to 512. y [B, heads, T, R].
-KERNEL(256) vl2_latent_attention(const half_t* __restrict__ queries, const half_t* __restrict__ cache,
+KERNEL(256, 2) vl2_latent_attention(const half_t* __restrict__ queries, const half_t* __restrict__ cache,
                                  const long long* __restrict__ past_length, half_t* __restrict__ y, float* __restrict__ partial,
                                  float* __restrict__ marks, int tokens, int heads, int rank, int rope, int capacity, int chunk,
                                  float scale) {
