@@ -38,84 +38,90 @@ _ALIVE: list[Any] = []
 @cache
 def plugin_class(trt: Any) -> type:
     """The plugin over this TensorRT's base classes, which exist only once it is imported."""
+    bases = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime)
+    return type("Plugin", (_Plugin, *bases), {"trt": trt, "bases": bases})
 
-    class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):
-        def __init__(self, operator: Operator, attributes: dict[str, Any], errors: list[VL2Error]):
-            for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):
-                base.__init__(self)
-            self.plugin_name, self.plugin_namespace, self.plugin_version = operator.name, NAMESPACE, VERSION
-            self.num_outputs = len(operator.outputs)
-            self._operator, self._attributes, self._errors = operator, attributes, errors
-            self._names = [tensor.name for tensor in operator.inputs(attributes)]
-            self._tensors = [*operator.inputs(attributes), *operator.outputs]
-            self._plans: dict[tuple, Any] = {}
 
-        def get_capability_interface(self, kind: Any) -> Any:
-            return self
+class _Plugin:
+    """What IPluginV3 asks for. trt, bases: of the class that `plugin_class` makes."""
 
-        def clone(self) -> Any:
-            copy = Plugin(self._operator, self._attributes, self._errors)
-            copy.__dict__.update(self.__dict__)
-            return copy
+    trt: Any
+    bases: tuple[type, ...]
 
-        def get_output_data_types(self, input_types: list) -> list:
-            names = {getattr(trt.DataType, theirs): ours for ours, theirs in _DTYPES.items()}
-            with _Kept(self._errors):
-                self._operator.check_types(self._attributes, [names.get(t, str(t)) for t in input_types])
-            return [_dtype(trt, tensor.dtype) for tensor in self._operator.outputs]
+    def __init__(self, operator: Operator, attributes: dict[str, Any], errors: list[VL2Error]):
+        for base in self.bases:
+            base.__init__(self)
+        self.plugin_name, self.plugin_namespace, self.plugin_version = operator.name, NAMESPACE, VERSION
+        self.num_outputs = len(operator.outputs)
+        self._operator, self._attributes, self._errors = operator, attributes, errors
+        self._names = [tensor.name for tensor in operator.inputs(attributes)]
+        self._tensors = [*operator.inputs(attributes), *operator.outputs]
+        self._plans: dict[tuple, Any] = {}
 
-        def get_output_shapes(self, inputs: list, shape_inputs: list, exprs: Any) -> list:
-            shapes = []
-            for tensor in self._operator.outputs:
-                sides = trt.DimsExprs(inputs[self._names.index(tensor.like)])
-                if tensor.last is not None:
-                    sides[len(sides) - 1] = exprs.constant(self._attributes[tensor.last])
-                shapes.append(sides)
-            return shapes
+    def get_capability_interface(self, kind: Any) -> Any:
+        return self
 
-        def get_aliased_input(self, output: int) -> int:
-            source = self._operator.aliased.get(self._operator.outputs[output].name)
-            return -1 if source is None else self._names.index(source)
+    def clone(self) -> Any:
+        copy = type(self)(self._operator, self._attributes, self._errors)
+        copy.__dict__.update(self.__dict__)
+        return copy
 
-        def supports_format_combination(self, position: int, described: list, inputs: int) -> bool:
-            one = described[position].desc
-            return one.format == trt.TensorFormat.LINEAR and one.type == _dtype(trt, self._tensors[position].dtype)
+    def get_output_data_types(self, input_types: list) -> list:
+        names = {_dtype(self.trt, name): name for name in _DTYPES}
+        with _Kept(self._errors):
+            self._operator.check_types(self._attributes, [names.get(each, str(each)) for each in input_types])
+        return [_dtype(self.trt, tensor.dtype) for tensor in self._operator.outputs]
 
-        def configure_plugin(self, inputs: list, outputs: list) -> None:
-            """Nothing is chosen here; an exception here would damage TensorRT-RTX's memory."""
+    def get_output_shapes(self, inputs: list, shape_inputs: list, exprs: Any) -> list:
+        shapes = []
+        for tensor in self._operator.outputs:
+            sides = self.trt.DimsExprs(inputs[self._names.index(tensor.like)])
+            if tensor.last is not None:
+                sides[len(sides) - 1] = exprs.constant(self._attributes[tensor.last])
+            shapes.append(sides)
+        return shapes
 
-        def get_workspace_size(self, inputs: list, outputs: list) -> int:
-            # what is refused here is kept and ends the build behind TensorRT
-            with _Kept(self._errors, hidden=True):
-                ranges = [(tuple(one.min), tuple(one.max)) for one in inputs]
-                return max(workspace_bytes(self._plan(sides)) for sides in shapes_between(self._names, ranges))
-            return 0
+    def get_aliased_input(self, output: int) -> int:
+        source = self._operator.aliased.get(self._operator.outputs[output].name)
+        return -1 if source is None else self._names.index(source)
 
-        def on_shape_change(self, inputs: list, outputs: list) -> None:
-            """Shapes are looked at in `enqueue`."""
+    def supports_format_combination(self, position: int, described: list, inputs: int) -> bool:
+        one, dtype = described[position].desc, _dtype(self.trt, self._tensors[position].dtype)
+        return one.format == self.trt.TensorFormat.LINEAR and one.type == dtype
 
-        def attach_to_context(self, context: Any) -> Any:
-            return self.clone()
+    def configure_plugin(self, inputs: list, outputs: list) -> None:
+        """Nothing is chosen here; an exception here would damage TensorRT-RTX's memory."""
 
-        def get_fields_to_serialize(self) -> Any:
-            return trt.PluginFieldCollection([_field(trt, *item) for item in self._attributes.items()])
+    def get_workspace_size(self, inputs: list, outputs: list) -> int:
+        # what is refused here is kept and ends the build behind TensorRT
+        with _Kept(self._errors, hidden=True):
+            ranges = [(tuple(one.min), tuple(one.max)) for one in inputs]
+            return max(workspace_bytes(self._plan(sides)) for sides in shapes_between(self._names, ranges))
+        return 0
 
-        def set_tactic(self, tactic: int) -> None:
-            """There is one."""
+    def on_shape_change(self, inputs: list, outputs: list) -> None:
+        """Shapes are looked at in `enqueue`."""
 
-        def enqueue(  # noqa: PLR0913  (TensorRT's signature)
-            self, input_desc: list, output_desc: list, inputs: list, outputs: list, workspace: int, stream: int
-        ) -> None:
-            plan = self._plan(tuple(tuple(one.dims) for one in input_desc))
-            names = [tensor.name for tensor in self._tensors]
-            current_launcher().run(plan, dict(zip(names, (*inputs, *outputs), strict=True)), workspace, stream)
+    def attach_to_context(self, context: Any) -> Any:
+        return self.clone()
 
-        def _plan(self, sides: tuple[tuple[int, ...], ...]) -> Any:
-            if sides not in self._plans:
-                self._plans[sides] = self._operator.plan(self._attributes, dict(zip(self._names, sides, strict=True)))
-            return self._plans[sides]
+    def get_fields_to_serialize(self) -> Any:
+        return self.trt.PluginFieldCollection([_field(self.trt, *item) for item in self._attributes.items()])
 
-    return Plugin
+    def set_tactic(self, tactic: int) -> None:
+        """There is one."""
+
+    def enqueue(  # noqa: PLR0913  (TensorRT's signature)
+        self, input_desc: list, output_desc: list, inputs: list, outputs: list, workspace: int, stream: int
+    ) -> None:
+        plan = self._plan(tuple(tuple(one.dims) for one in input_desc))
+        names = [tensor.name for tensor in self._tensors]
+        current_launcher().run(plan, dict(zip(names, (*inputs, *outputs), strict=True)), workspace, stream)
+
+    def _plan(self, sides: tuple[tuple[int, ...], ...]) -> Any:
+        if sides not in self._plans:
+            self._plans[sides] = self._operator.plan(self._attributes, dict(zip(self._names, sides, strict=True)))
+        return self._plans[sides]
 
 
 def shapes_between(
@@ -137,24 +143,29 @@ def shapes_between(
 @cache
 def creator_class(trt: Any) -> type:
     """The creator over this TensorRT's base class."""
+    return type("Creator", (_Creator, trt.IPluginCreatorV3One), {"trt": trt, "base": trt.IPluginCreatorV3One})
 
-    class Creator(trt.IPluginCreatorV3One):
-        def __init__(self, operator: Operator, errors: list[VL2Error]):
-            super().__init__()
-            self.name, self.plugin_namespace, self.plugin_version = operator.name, NAMESPACE, VERSION
-            empty = {int: 0, float: 0.0, str: ""}
-            fields = [_field(trt, name, empty[kind]) for name, kind in operator.attributes.items()]
-            self.field_names = trt.PluginFieldCollection(fields)
-            self._operator, self._errors = operator, errors
 
-        def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
-            given = {field.name: _value(trt, field) for field in fields}
-            with _Kept(self._errors):
-                self._operator.check_attributes(given)
-                attributes = {name: given[name] for name in self._operator.attributes}
-                return plugin_class(trt)(self._operator, attributes, self._errors)
+class _Creator:
+    """What IPluginCreatorV3One asks for. trt, base: of the class that `creator_class` makes."""
 
-    return Creator
+    trt: Any
+    base: type
+
+    def __init__(self, operator: Operator, errors: list[VL2Error]):
+        self.base.__init__(self)
+        self.name, self.plugin_namespace, self.plugin_version = operator.name, NAMESPACE, VERSION
+        empty = {int: 0, float: 0.0, str: ""}
+        fields = [_field(self.trt, name, empty[kind]) for name, kind in operator.attributes.items()]
+        self.field_names = self.trt.PluginFieldCollection(fields)
+        self._operator, self._errors = operator, errors
+
+    def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
+        given = {field.name: _value(self.trt, field) for field in fields}
+        with _Kept(self._errors):
+            self._operator.check_attributes(given)
+            attributes = {name: given[name] for name in self._operator.attributes}
+            return plugin_class(self.trt)(self._operator, attributes, self._errors)
 
 
 class _Kept:

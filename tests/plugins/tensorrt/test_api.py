@@ -42,14 +42,18 @@ MEMBERS = {
 
 
 def used_names() -> set[tuple[str, ...]]:
-    """Chains that begin with `trt` in the sources, such as (PreviewFeature, ALIASED_PLUGIN_IO_10_03)."""
+    """Chains that begin with `trt` or `self.trt` in the sources, such as (PreviewFeature, ALIASED_PLUGIN_IO_10_03)."""
     found: set[tuple[str, ...]] = set()
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             names = []
             while isinstance(node, ast.Attribute):
                 names, node = [node.attr, *names], node.value
-            if names and isinstance(node, ast.Name) and node.id == "trt":
+            if isinstance(node, ast.Name) and node.id == "self" and names[:1] == ["trt"]:
+                names = names[1:]
+            elif not isinstance(node, ast.Name) or node.id != "trt":
+                continue
+            if names:
                 found.add(tuple(names))
     return {names for names in found if names[0] not in RTX_ONLY and not names[0].startswith("__")}
 
