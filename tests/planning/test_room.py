@@ -45,3 +45,10 @@ def test_a_target_excludes_a_scheme_and_a_budget(tmp_path: Path) -> None:
         assert run_command(cli, "vl2", ["export", str(NANO), "--out", str(tmp_path / "b"), "--target", "cpu",
                                         *options]) == 2
     assert run_command(cli, "vl2", ["export", str(NANO), "--out", str(tmp_path / "b"), "--target", "toaster"]) == 1
+
+
+def test_engines_have_room_by_their_own_memory() -> None:
+    room = bundle_room("tiny", "orin-nano-8gb", "trt")
+    assert 3e9 < room < 7e9 and room != bundle_room("tiny", "orin-nano-8gb", "cpu")
+    with pytest.raises(VL2Error, match="raspberry-pi-5 runs cpu, and no TensorRT engines"):
+        bundle_room("tiny", "raspberry-pi-5", "trt")

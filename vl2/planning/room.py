@@ -14,6 +14,8 @@ from vl2.planning.targets import LOCAL, read_targets, target_named
 
 # One image, which every candidate resolution can hold, and the model's whole context.
 _DEMAND = Demand(((4096, 4096),))
+# The lowering that engines are built of.
+_ENGINE = "trt"
 # The token table is read row by row; it is counted as small as a recipe can make it.
 _SMALLEST = Choice("int4", "int8", "int8", "int8")
 
@@ -25,8 +27,13 @@ def bundle_room(model: str, target_name: str, lowering: str | None = None, kv_ca
     model: as `planned_model` takes it; lowering, kv_cache: as of `vl2 export`. Raises VL2Error where nothing is left.
     """
     target = local_target(target_name) if target_name in LOCAL else target_named(target_name, read_targets())
+    engine = lowering == _ENGINE
+    if engine and target.engine_backend is None:
+        raise VL2Error(f"{target_name} runs {', '.join(target.backends)}, and no TensorRT engines",
+                       "leave --lowering out, or take another target")
+    lowering, kv_cache = (None, None) if engine else (lowering, kv_cache)
     plan = make_plan(Situation(planned_model(model), _DEMAND, target_name, target, lowering, kv_cache), _SMALLEST)
-    memory = next(iter(plan.runs.values())).memory
+    memory = (plan.runs["engine"] if engine else next(iter(plan.runs.values()))).memory
     room = int(target.usable_bytes) - replace(memory, weights=0).peak
     if room <= 0:
         raise VL2Error(f"{target_name} has {target.usable_bytes / 1e9:.2f} GB for a run, which cache, activations and "
