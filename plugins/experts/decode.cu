@@ -21,7 +21,7 @@ DEVICE void gate_up(const unsigned char* gate, const half_t* gate_scales, const 
 }
 
 #define GATE_UP(bits, name)                                                                                                   \
-  KERNEL(128) name(const unsigned char* __restrict__ gate, const half_t* __restrict__ gate_scales,                            \
+  KERNEL(128, 4) name(const unsigned char* __restrict__ gate, const half_t* __restrict__ gate_scales,                            \
                    const unsigned char* __restrict__ up, const half_t* __restrict__ up_scales,                                \
                    const unsigned char* __restrict__ shared_gate, const half_t* __restrict__ shared_gate_scales,              \
                    const unsigned char* __restrict__ shared_up, const half_t* __restrict__ shared_up_scales,                  \
@@ -56,7 +56,7 @@ DEVICE void down_slot(const Matrix& m, long long expert, const float* x, float* 
 }
 
 #define DOWN(bits, name)                                                                                                      \
-  KERNEL(128) name(const unsigned char* __restrict__ down, const half_t* __restrict__ scales,                                 \
+  KERNEL(128, 4) name(const unsigned char* __restrict__ down, const half_t* __restrict__ scales,                                 \
                    const unsigned char* __restrict__ shared_down, const half_t* __restrict__ shared_scales,                   \
                    const float* __restrict__ hidden, const int* __restrict__ idx, float* __restrict__ partial, int rows,      \
                    int inner, int shared_inner, int top_k, int parts, int shift, int shared_shift, int first_slot) {          \

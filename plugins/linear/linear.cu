@@ -22,7 +22,7 @@ DEVICE void linear(const unsigned char* codes, const half_t* scales, const half_
 }
 
 #define LINEAR(bits, name)                                                                                                    \
-  KERNEL(128) name(const unsigned char* __restrict__ codes, const half_t* __restrict__ scales, const half_t* __restrict__ x,  \
+  KERNEL(128, 4) name(const unsigned char* __restrict__ codes, const half_t* __restrict__ scales, const half_t* __restrict__ x,  \
                    half_t* __restrict__ y, int rows, int columns, int shift) {                                                \
     linear<bits>(codes, scales, x, y, rows, columns, shift);                                                                  \
   }                                                                                                                           \
