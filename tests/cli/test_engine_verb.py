@@ -59,6 +59,11 @@ def test_a_board_gets_the_command_to_run_on_it(bundle: Path, capsys: pytest.Capt
     assert not read_manifest(bundle).engines
 
 
+def test_the_command_keeps_the_backend_that_was_asked_for(bundle: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(bundle, "--target", "rtx-3060", "--backend", "tensorrt") == 1
+    assert "--tiles 10 --backend tensorrt`" in capsys.readouterr().err
+
+
 def test_a_dry_run_builds_nothing(bundle: Path, capsys: pytest.CaptureFixture) -> None:
     before = sorted(path.name for path in bundle.iterdir())
     assert run(bundle, "--target", "rtx-3060", "--dry-run") == 0

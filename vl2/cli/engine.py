@@ -155,19 +155,10 @@ def _build(bundle: Path, chosen: tuple[str, Any, str], context: int, choices: di
 
 def _command(bundle: Path, name: str, context: int, choices: dict[str, Any]) -> str:
     """What builds the same engines on the device."""
-    words = [
-        "vl2",
-        "engine",
-        bundle.name,
-        "--target",
-        name,
-        "--context",
-        str(context),
-        "--prefill-chunk",
-        str(choices["prefill_chunk"]),
-        "--tiles",
-        str(choices["tiles"]),
-    ]
+    words = ["vl2", "engine", bundle.name, "--target", name, "--context", str(context)]
+    words += ["--prefill-chunk", str(choices["prefill_chunk"]), "--tiles", str(choices["tiles"])]
+    if choices["backend"] is not None:
+        words += ["--backend", choices["backend"]]
     if choices["targets_file"] is not None:
         words += ["--targets", choices["targets_file"].name]
     return shlex.join(words)
