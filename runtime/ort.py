@@ -74,7 +74,7 @@ class OrtBackend:
         if CUDA in self._choice.providers:
             return f"CUDA, {name}"
         note = f" ({self._choice.note})" if self._choice.note else ""
-        return f"CPU, {self._threads} threads, {name}{note}"
+        return f"CPU, {self._threads} thread{'s' * (self._threads != 1)}, {name}{note}"
 
     def load(self, graph: str) -> None:
         """As Backend.load."""
