@@ -73,7 +73,7 @@ def test_an_answer_equals_the_one_on_numpy(shared_bundle: Path) -> None:
 
 
 def test_the_description_is_one_line_with_device_and_threads(backend: OrtBackend) -> None:
-    assert backend.description.startswith("CPU, 1 threads, onnxruntime ")
+    assert backend.description.startswith("CPU, 1 thread, onnxruntime ")
     assert "\n" not in backend.description
 
 
