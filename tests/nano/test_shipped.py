@@ -17,9 +17,9 @@ from vl2.nano.questions import TASKS
 from vl2.runtime.grounding import parse
 
 NANO = Path(vl2.nano.__file__).parent
-CHECKPOINT, HELD_OUT = NANO / "checkpoint", NANO / "heldout"
-EVERY = 12  # questions; keeps the accuracy test below a minute
-ACCURACY = 0.6  # of all tasks together; the model card has the full figures
+CHECKPOINT, SIBLING, HELD_OUT = NANO / "checkpoint", NANO / "checkpoint-mla", NANO / "heldout"
+# (a share of the questions that keeps the test below a minute, accuracy of all tasks); the model cards have all figures
+EXPECTED = {CHECKPOINT: (12, 0.6), SIBLING: (24, 0.45)}
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +27,12 @@ def lines() -> list[dict]:
     return [json.loads(line) for line in (HELD_OUT / "heldout.jsonl").read_text().splitlines()]
 
 
-def test_the_checkpoint_accounts_for_every_tensor_and_is_small():
-    entries = check_checkpoint(CHECKPOINT, load_config(CHECKPOINT))
+@pytest.mark.parametrize("checkpoint", EXPECTED, ids=lambda folder: folder.name)
+def test_the_checkpoint_accounts_for_every_tensor_and_is_small(checkpoint):
+    entries = check_checkpoint(checkpoint, load_config(checkpoint))
     assert sum(entry.size_bytes for entry in entries.values()) <= 12_000_000
     assert {entry.dtype for entry in entries.values()} == {"BF16"}
-    load_model(CHECKPOINT)
+    load_model(checkpoint)
 
 
 def test_the_checkpoint_has_tiny_s_structure():
@@ -40,6 +41,12 @@ def test_the_checkpoint_has_tiny_s_structure():
     assert not language.use_mla and language.first_k_dense_replace == 1 and language.n_shared_experts == 2
     assert language.topk_method == "greedy" and not language.norm_topk_prob
     assert config.global_view_pos == "head" and len(config.candidate_resolutions) > 1
+
+
+def test_its_sibling_has_small_s_attention_and_the_same_images():
+    ours, other = load_config(CHECKPOINT), load_config(SIBLING)
+    assert other.language_config.use_mla and other.language_config.kv_lora_rank == 64
+    assert (other.vision_config, other.candidate_resolutions) == (ours.vision_config, ours.candidate_resolutions)
 
 
 def test_the_held_out_set_asks_over_500_well_formed_questions(lines):
@@ -65,9 +72,11 @@ def test_held_out_pages_come_from_other_seeds_than_training():
     assert not TRAINING_SEED.startswith(HELD_OUT_SEED) and not HELD_OUT_SEED.startswith(TRAINING_SEED)
 
 
-def test_the_shipped_model_answers_the_held_out_questions():
-    table, wrong = evaluate(CHECKPOINT, HELD_OUT / "heldout.jsonl", EVERY)
-    assert table["all"]["accuracy"] >= ACCURACY, [(line["question"], line["answer"], line["given"]) for line in wrong]
+@pytest.mark.parametrize("checkpoint", EXPECTED, ids=lambda folder: folder.name)
+def test_the_shipped_models_answer_the_held_out_questions(checkpoint):
+    every, accuracy = EXPECTED[checkpoint]
+    table, wrong = evaluate(checkpoint, HELD_OUT / "heldout.jsonl", every)
+    assert table["all"]["accuracy"] >= accuracy, [(line["question"], line["answer"], line["given"]) for line in wrong]
 
 
 def test_the_demo_question_is_answered_rightly():
