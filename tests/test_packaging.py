@@ -63,5 +63,7 @@ def test_an_installed_runtime_answers_where_torch_is_not_installed(wheel, nano_b
                "--prompt", "What is the total?", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["stop_reason"] == "eos"
+    in_the_tree = run(python, "-c", "from vl2.runtime import open_bundle", cwd=ROOT)
+    assert in_the_tree.returncode == 0, in_the_tree.stderr
     refused = run(tmp_path / "venv" / "bin" / "vl2-export", ROOT / "nano" / "checkpoint", "--out", "b", cwd=tmp_path)
     assert refused.returncode == 1 and "vl2-edge[export]" in refused.stderr and not (tmp_path / "b").exists()
