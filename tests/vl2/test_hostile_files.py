@@ -91,7 +91,7 @@ def test_whole_files_are_taken(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", READERS)
-@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=70, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_one_value_changed_or_removed_is_read_or_refused(folder: Path, name: str, data: st.DataObject) -> None:
     content = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -101,7 +101,7 @@ def test_one_value_changed_or_removed_is_read_or_refused(folder: Path, name: str
 
 
 @pytest.mark.parametrize("name", READERS)
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_bytes_lost_or_flipped_are_read_or_refused(folder: Path, name: str, data: st.DataObject) -> None:
     content = bytearray((folder / name).read_bytes())
