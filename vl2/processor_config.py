@@ -44,7 +44,7 @@ def read_processor_config(folder: Path) -> ProcessorConfig:
             raise VL2Error(f"{path}: unknown key {key!r}", _FOREIGN)
     try:
         geometry = _geometry(values)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise VL2Error(f"{path}: image settings are missing or malformed ({error!r})",
                        "expected candidate_resolutions, patch_size and downsample_ratio as published") from error
     _check_model_config(folder, geometry)
