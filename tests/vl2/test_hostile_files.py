@@ -27,6 +27,8 @@ ODD = st.sampled_from([None, True, -1, 0, 1, 2**63, -(2**70), 1e308, float("nan"
                        "é" * 300, [], {}, [[]], {"": {}}])  # fmt: skip
 VALUES = st.one_of(ODD, st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=5)),
                                      lambda inner: st.lists(inner, max_size=3), max_leaves=5))  # fmt: skip
+# The same draws every time; the files are put back after each.
+STEADY = settings(derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 READERS: dict[str, Callable[[Path], object]] = {
     "manifest.json": lambda folder: check_sizes(folder, read_manifest(folder)),
     "config.json": load_config,
@@ -98,7 +100,7 @@ def test_an_infinite_size_is_refused(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", READERS)
-@settings(derandomize=True, max_examples=70, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(STEADY, max_examples=70)
 @given(data=st.data())
 def test_one_value_changed_or_removed_is_read_or_refused(folder: Path, name: str, data: st.DataObject) -> None:
     content = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -108,7 +110,7 @@ def test_one_value_changed_or_removed_is_read_or_refused(folder: Path, name: str
 
 
 @pytest.mark.parametrize("name", READERS)
-@settings(derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(STEADY, max_examples=40)
 @given(data=st.data())
 def test_bytes_lost_or_flipped_are_read_or_refused(folder: Path, name: str, data: st.DataObject) -> None:
     content = bytearray((folder / name).read_bytes())
@@ -117,7 +119,7 @@ def test_bytes_lost_or_flipped_are_read_or_refused(folder: Path, name: str, data
     read(folder, name, bytes(content[: data.draw(st.integers(0, len(content)))]))
 
 
-@settings(derandomize=True, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(STEADY, max_examples=200)
 @given(data=st.data())
 def test_a_safetensors_header_of_any_bytes_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
     header = data.draw(st.one_of(st.binary(max_size=60), st.dictionaries(st.text(max_size=4), VALUES, max_size=3).map(
