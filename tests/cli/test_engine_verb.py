@@ -106,3 +106,13 @@ def test_a_bundle_of_another_lowering_is_refused_with_the_export(
     assert run(bundle_of(goldens / "tiny-mini"), "--target", "rtx-3060") == 1
     told = capsys.readouterr().err
     assert "has the lowering `portable`" in told and "vl2 export CHECKPOINT --lowering trt" in told
+
+
+def test_a_chunk_longer_than_the_context_is_refused_and_the_default_is_not(
+    bundle: Path, capsys: pytest.CaptureFixture
+) -> None:
+    asked = ("--target", "rtx-4090", "--context", "64", "--dry-run", "--json")
+    assert run(bundle, *asked, "--prefill-chunk", "65") == 1
+    assert "--prefill-chunk is 65 and the context 64 tokens" in capsys.readouterr().err
+    assert run(bundle, *asked) == 0
+    assert "--prefill-chunk 64" in json.loads(capsys.readouterr().out)["command"]

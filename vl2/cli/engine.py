@@ -10,6 +10,7 @@ import click
 from vl2.cli.options import debug_option, json_option
 from vl2.errors import VL2Error
 
+_PREFILL_CHUNK = 512
 
 @click.command("engine")
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -36,9 +37,7 @@ from vl2.errors import VL2Error
 @click.option(
     "--prefill-chunk",
     type=click.IntRange(min=1),
-    default=512,
-    show_default=True,
-    help="Prompt tokens a prefill step takes.",
+    help="Prompt tokens a prefill step takes; 512, or the whole context where it is shorter, without it.",
 )
 @click.option(
     "--tiles",
@@ -64,14 +63,15 @@ def command(bundle: Path, as_json: bool, **choices: Any) -> None:
     name, targets = choices["target"], read_targets(choices["targets_file"])
     target = _target(name, targets)
     backend = choices["backend"] or target.engine_backend
-    fit = engine_fit(str(bundle), target, choices["context"], choices["prefill_chunk"])
     manifest = read_manifest(bundle)
     check_sizes(bundle, manifest)
+    context = choices["context"] or manifest.language.max_position_embeddings
+    choices["prefill_chunk"] = _chunk(choices["prefill_chunk"], context)
+    fit = engine_fit(str(bundle), target, choices["context"], choices["prefill_chunk"])
     here = _builds_here(backend, target)
     check_fit(fit, name, built_there=backend == "tensorrt")
     if name in manifest.engines and not choices["force"] and not choices["dry_run"]:
         _check_those_there(bundle, name, manifest.engines[name], (backend, target))
-    context = choices["context"] or manifest.language.max_position_embeddings
     command = _command(bundle, name, context, choices)
     if not here:
         raise VL2Error(
@@ -90,6 +90,13 @@ def command(bundle: Path, as_json: bool, **choices: Any) -> None:
     if not choices["dry_run"]:
         facts["engines"] = _build(bundle, (name, target, backend), context, choices)
     click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _describe(facts))
+
+
+def _chunk(asked: int | None, context: int) -> int:
+    if asked is not None and asked > context:
+        raise VL2Error(f"--prefill-chunk is {asked} and the context {context} tokens",
+                       "a chunk is no longer than the context; leave --prefill-chunk out")  # fmt: skip
+    return asked or min(_PREFILL_CHUNK, context)
 
 
 def _check_those_there(bundle: Path, name: str, record: Any, chosen: tuple[str, Any]) -> None:
@@ -143,7 +150,7 @@ def _build(bundle: Path, chosen: tuple[str, Any, str], context: int, choices: di
 
     name, target, backend = chosen
     load_tensorrt(backend)
-    sizes = EngineSizes(context, min(choices["prefill_chunk"], context), choices["tiles"])
+    sizes = EngineSizes(context, choices["prefill_chunk"], choices["tiles"])
     where = EngineTarget(name, backend, target.compute_capability, on_this_gpu=backend == "tensorrt")
 
     def progress(graph: str, number: int, total: int) -> None:
