@@ -1,7 +1,7 @@
 """vl2-nano's training forward: the family's computation on a dictionary of tensors, shaped for speed on a CPU.
 
-It differs from `vl2.model` in form only: batches have one crop, sequences are padded on the right, and every expert
-runs on every token with the weights of the unchosen ones at zero (one wide matrix product in place of many small).
+It differs from `vl2.model` in form only: batches have one crop, sequences are padded on the right, and tokens are
+sorted by expert, with rows of zero weight between, so that products have few different shapes.
 tests/nano compares both on the same weights.
 """
 
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vl2.nano.gradients import gelu, rms_norm, routed_experts
 
 Weights = dict[str, Tensor]
 
@@ -105,32 +107,6 @@ def layer_norm(w: Weights, name: str, x: Tensor) -> Tensor:
     return F.layer_norm(x, (x.shape[-1],), w[name + ".weight"], w[name + ".bias"], 1e-6)
 
 
-class _RMSNorm(torch.autograd.Function):
-    """RMSNorm with its gradient by hand: a tenth of a training step less than through autograd, in x's own dtype."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        size = x.shape[-1]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        scale = (norm.square() / size + 1e-6).rsqrt().to(x.dtype)
-        unit = x * scale
-        ctx.save_for_backward(unit, scale, weight)
-        return unit * weight
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        unit, scale, weight = ctx.saved_tensors
-        weight_grad = (grad * unit).flatten(0, -2).sum(0)
-        grad = grad * weight
-        along = torch.linalg.vecdot(grad, unit).unsqueeze(-1) / unit.shape[-1]
-        return (grad - unit * along) * scale, weight_grad
-
-
-def rms_norm(weight: Tensor, x: Tensor) -> Tensor:
-    return _RMSNorm.apply(x, weight)
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax attention, q [B, heads, Q, dim] on the last Q of k and v [B, heads, T, dim]; `mask` [Q, T] is added.
 
@@ -166,10 +142,10 @@ def tower(w: Weights, shape: Shape, tiles: Tensor) -> Tensor:
     for block in range(shape.vision["layers"]):
         name = f"vision.blocks.{block}"
         qkv = linear(w, name + ".attn.qkv", layer_norm(w, name + ".norm1", x))
-        q, k, v = qkv.view(count, side * side, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.view(count, side * side, 3, heads, -1).permute(2, 0, 3, 1, 4).contiguous().unbind()
         attended = attention(q, k, v, None).transpose(1, 2).flatten(2)
         x = x + linear(w, name + ".attn.proj", attended)
-        hidden = F.gelu(linear(w, name + ".mlp.fc1", layer_norm(w, name + ".norm2", x)), approximate="tanh")
+        hidden = gelu(linear(w, name + ".mlp.fc1", layer_norm(w, name + ".norm2", x)))
         x = x + linear(w, name + ".mlp.fc2", hidden)
     return layer_norm(w, "vision.norm", x)
 
@@ -202,8 +178,11 @@ def rotary(length: int, dim: int, theta: float = 10000.0) -> tuple[Tensor, Tenso
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on x [..., T, dim] in the half-split layout."""
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    # A product with a signed permutation: (a, b) to (−b, a), exact, and cheaper than slices that are put together.
+    half = torch.eye(x.shape[-1] // 2, dtype=x.dtype)
+    none = torch.zeros_like(half)
+    turn = torch.cat([torch.cat([none, half], 1), torch.cat([-half, none], 1)])
+    return torch.addcmul(x * cos, x @ turn, sin)
 
 
 def plain_attention(w: Weights, name: str, x: Tensor, settings: dict, run: Run) -> Tensor:
@@ -212,8 +191,10 @@ def plain_attention(w: Weights, name: str, x: Tensor, settings: dict, run: Run) 
     heads = settings["num_attention_heads"]
     cos, sin = (table.to(x.dtype) for table in rotary(length, hidden // heads))
     fused = torch.cat([w[f"{name}.{part}_proj.weight"] for part in "qkv"])
-    q, k, v = F.linear(x, fused).view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
-    q, k, mask = rotate(q, cos, sin), rotate(k, cos, sin), causal_mask(length, x.dtype)
+    # Contiguous at once: RoPE and the products would otherwise copy each part, in both directions.
+    qk, v = F.linear(x, fused).view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4).contiguous().split([2, 1])
+    q, k = rotate(qk, cos, sin).unbind()
+    v, mask = v.squeeze(0), causal_mask(length, x.dtype)
     if run.side is not None:
         run.side.point(run.layer, q, k, mask)
     out = causal_attention(q[:, :, -run.queries:], k, v, mask)
@@ -249,16 +230,15 @@ def dense(w: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def mixture(w: Weights, name: str, x: Tensor, top_k: int, side: SideLosses) -> Tensor:
-    """Softmax greedy mixture of experts with shared experts, x [B, T, H]; all experts run, unchosen ones weigh zero."""
+    """Softmax greedy mixture of experts with shared experts, x [B, T, H]; tokens run through the experts they chose."""
     scores = F.linear(x.float(), w[name + ".gate.weight"].float()).softmax(-1)
-    chosen = torch.zeros_like(scores).scatter_(-1, scores.topk(top_k, -1).indices, 1.0)
+    weight, expert = scores.flatten(0, 1).topk(top_k, -1)
     experts = scores.shape[-1]
-    side.balance = side.balance + (chosen.mean((0, 1)) * scores.mean((0, 1))).sum() * experts / top_k
+    chosen = expert.flatten().bincount(minlength=experts) / len(expert)
+    side.balance = side.balance + (chosen * scores.mean((0, 1))).sum() * experts / top_k
     gate, up, down = (w[f"{name}.experts.{part}_proj.weight"] for part in ("gate", "up", "down"))
-    hidden = F.silu(F.linear(x, gate.flatten(0, 1))) * F.linear(x, up.flatten(0, 1))
-    hidden = hidden.unflatten(-1, (experts, -1)) * (scores * chosen).to(x.dtype).unsqueeze(-1)
-    routed = F.linear(hidden.flatten(-2), down.transpose(0, 1).flatten(1))
-    return routed + dense(w, name + ".shared_experts", x)
+    routed = routed_experts(x.flatten(0, 1), weight.to(x.dtype), expert, (torch.cat([gate, up], 1), down))
+    return routed.view_as(x) + dense(w, name + ".shared_experts", x)
 
 
 def decoder(w: Weights, shape: Shape, x: Tensor, side: SideLosses, last: int | None = None) -> Tensor:

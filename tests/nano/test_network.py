@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from vl2.model.checkpoint import load_model
 from vl2.nano.checkpoint_files import WEIGHTS, checkpoint_tensors, training_values
 from vl2.nano.geometry import config_dict, write_description
-from vl2.nano.network import Shape, SideLosses, assemble, decoder, project, rms_norm, tower
+from vl2.nano.gradients import gelu, rms_norm
+from vl2.nano.network import Shape, SideLosses, assemble, decoder, mixture, project, tower
 from vl2.nano.parameters import initial_values, parameter_shapes
 
 CROP = (2, 1)
@@ -87,3 +88,42 @@ def test_rms_norm_and_its_gradients_by_hand_equal_autograd_s():
     assert torch.allclose(ours, theirs, atol=1e-12)
     for a, b in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in (ours, theirs)), strict=True):
         assert torch.allclose(a, b, atol=1e-12)
+
+
+def mixture_weights(generator):
+    sizes = {"gate": (8, 16), "experts.gate_proj": (8, 12, 16), "experts.up_proj": (8, 12, 16),
+             "experts.down_proj": (8, 16, 12), "shared_experts.gate_proj": (24, 16), "shared_experts.up_proj": (24, 16),
+             "shared_experts.down_proj": (16, 24)}
+    return {f"m.{name}.weight": torch.randn(size, dtype=torch.float64, generator=generator, requires_grad=True)
+            for name, size in sizes.items()}
+
+
+def all_experts_on_every_token(w, x):
+    scores = F.linear(x.float(), w["m.gate.weight"].float()).softmax(-1)
+    share = (scores * torch.zeros_like(scores).scatter_(-1, scores.topk(2, -1).indices, 1.0)).double()
+    gate, up, down = (w[f"m.experts.{part}_proj.weight"] for part in ("gate", "up", "down"))
+    hidden = F.silu(torch.einsum("bth,eih->btei", x, gate)) * torch.einsum("bth,eih->btei", x, up)
+    shared = [w[f"m.shared_experts.{part}_proj.weight"] for part in ("gate", "up", "down")]
+    dense = F.linear(F.silu(F.linear(x, shared[0])) * F.linear(x, shared[1]), shared[2])
+    return torch.einsum("btei,ehi,bte->bth", hidden, down, share) + dense
+
+
+def test_experts_on_their_tokens_and_gradients_by_hand_equal_all_experts_on_every_token():
+    generator = torch.Generator().manual_seed(0)
+    w = mixture_weights(generator)
+    x = torch.randn(2, 150, 16, dtype=torch.float64, generator=generator, requires_grad=True)
+    grad = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    ours, theirs = mixture(w, "m", x, 2, SideLosses()), all_experts_on_every_token(w, x)
+    assert torch.allclose(ours, theirs, atol=1e-9)
+    for a, b in zip(*(torch.autograd.grad(y, (x, *w.values()), grad) for y in (ours, theirs)), strict=True):
+        # the router works in float32, in which its gradient sums some hundred terms
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-3)
+
+
+def test_gelu_s_gradient_in_bfloat16_is_within_the_rounding_of_the_exact_one():
+    x = torch.linspace(-6, 6, 2001).bfloat16().requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    ours, = torch.autograd.grad(gelu(x).sum(), x)
+    theirs, = torch.autograd.grad(F.gelu(exact, approximate="tanh").sum(), exact)
+    # 1e-3 between the two forms, and half the distance of two bfloat16 numbers above one
+    assert (ours.double() - theirs).abs().max() < 1e-3 + 2**-8
