@@ -14,12 +14,14 @@ from tests.conftest import GOLDENS, NANO
 from vl2.errors import VL2Error
 from vl2.image import image_token_count, preprocess
 from vl2.planning.demand import Demand, prompt_size
+from vl2.planning.memory import IMAGE_CACHE_BYTES, SERVER_BYTES
 from vl2.planning.models import NAMES, planned_model
 from vl2.planning.plan import LADDER, Plan, Situation, make_plan
 from vl2.planning.schemes import Choice
 from vl2.planning.speed import estimate_speed, prefill_operations, tile_operations
 from vl2.planning.targets import Target, read_targets
 from vl2.planning.text import describe, describe_targets
+from vl2.runtime.options import BundleOptions
 
 TARGETS = read_targets()
 
@@ -90,6 +92,25 @@ def test_a_shorter_context_and_a_smaller_chunk_are_offered_when_they_suffice() -
     tight = replace(tight, memory_gib=(memory.peak - memory.activations // 4) / 2**30)
     changes = make_plan(replace(situation, target=tight), choice).changes
     assert any("--prefill-chunk 128" in change for change in changes)
+
+
+def test_a_server_takes_its_pool_on_top_and_a_smaller_one_is_offered_where_that_suffices() -> None:
+    def planned(pool: int | None, target=TARGETS["orin-nano-8gb"]):
+        demand = Demand(context=1024, pool_bytes=pool)
+        return make_plan(Situation(planned_model("tiny"), demand, "a board", target), Choice("int8"))
+
+    alone, served = (next(iter(planned(pool).runs.values())).memory for pool in (None, 512 << 20))
+    assert alone.server == 0
+    assert served.peak - alone.peak == (512 << 20) + IMAGE_CACHE_BYTES + SERVER_BYTES
+    room = (alone.peak + (200 << 20)) / 2**30
+    small = replace(TARGETS["orin-nano-8gb"], memory_gib=room, usable_share=1.0)
+    plan = planned(512 << 20, small)
+    offered = next(change for change in plan.changes if change.startswith("--serve "))
+    assert not plan.fits and planned(int(offered.split()[1].removesuffix("MiB:")) << 20, small).fits
+
+
+def test_a_server_s_image_cache_is_the_one_that_it_has_without_asking() -> None:
+    assert BundleOptions().image_cache_bytes == IMAGE_CACHE_BYTES
 
 
 def test_a_prompt_that_is_too_long_says_the_tile_budget_under_which_it_is_not() -> None:

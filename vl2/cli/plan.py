@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from vl2.cli.options import RECIPES, debug_option, json_option, max_tiles_option
+from vl2.cli.options import RECIPES, ByteSize, debug_option, json_option, max_tiles_option
 
 _OUTER = click.Choice(["fp16", "int8"])
 
@@ -37,6 +37,8 @@ class ImageSize(click.ParamType):
 @max_tiles_option
 @click.option("--prefill-chunk", type=click.IntRange(min=1), default=512, show_default=True,
               help="As of `vl2 run`.")
+@click.option("--serve", "pool", type=ByteSize(), metavar="SIZE",
+              help="Plan for `vl2 serve` with this --kv-cache, such as 512MiB.")
 @click.option("--scheme", type=click.Choice(["fp32", "fp16", *RECIPES]),
               help="How weights are stored; without it the one that keeps most and fits.")
 @click.option("--vision", type=_OUTER, help="As of `vl2 export`.")
@@ -81,7 +83,7 @@ def _plan(model: str, targets: Any, choices: dict[str, Any]) -> Any:
     planned, name = planned_model(model), choices["target"]
     target = local_target(name) if name in LOCAL else target_named(name, targets)
     demand = Demand(choices["sizes"] * choices["images"], choices["text_tokens"], choices["context"],
-                    choices["max_tiles"], choices["prefill_chunk"])
+                    choices["max_tiles"], choices["prefill_chunk"], choices["pool"])
     return make_plan(Situation(planned, demand, name, target, choices["lowering"], choices["kv_cache"]),
                      _choice(choices))
 

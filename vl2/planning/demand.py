@@ -14,6 +14,7 @@ class Demand:
     """images: (width, height) in pixels; text_tokens: of question and template.
 
     context: cache positions to keep room for, None for the model's maximum. max_tiles: as of `vl2 run`.
+    pool_bytes: of conversations that a server keeps (`vl2 serve --kv-cache`), None without a server.
     """
 
     images: tuple[tuple[int, int], ...] = ()
@@ -21,6 +22,7 @@ class Demand:
     context: int | None = None
     max_tiles: int | None = None
     prefill_chunk: int = 512
+    pool_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for width, height in self.images:

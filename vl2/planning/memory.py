@@ -20,6 +20,10 @@ TOKENIZER_BYTES_PER_ENTRY = 330
 # Not measured here: CUDA's context, kernels and workspaces; where memory is shared their host side too.
 CUDA_BYTES = 600 << 20
 _CUDA_SHARED_BYTES = 1000 << 20
+# Measured with vl2-nano: the web framework and what it imports, at rest.
+SERVER_BYTES = 16 << 20
+# Of encoded images, as `vl2 serve` has it without asking (`runtime/options.py`).
+IMAGE_CACHE_BYTES = 64 << 20
 # Bytes of an element of the cache, by the name that `vl2 export --kv-cache` has for it.
 KV_CACHES = {"fp32": 4, "fp16": 2, "int8": 1}
 # Patches that one run of the vision graph takes (`vl2.runtime.image_features`).
@@ -30,21 +34,30 @@ _ARENA_SHARE = 1.5
 
 @dataclass(frozen=True)
 class RunMemory:
-    """Bytes: weights with every expert touched, cache at the whole context, activations as arenas hold them."""
+    """Bytes: weights with every expert touched, cache at the whole context, activations as arenas hold them.
+
+    server: what `vl2 serve` adds to one answer, its kept conversations and images full; 0 without one.
+    """
 
     process: int
     weights: int
     kv_cache: int
     activations: int
+    server: int = 0
 
     @property
     def peak(self) -> int:
         """All of it together."""
-        return self.process + self.weights + self.kv_cache + self.activations
+        return self.process + self.weights + self.kv_cache + self.activations + self.server
 
     def to_dict(self) -> dict[str, int]:
         """With the peak, for JSON."""
         return {**asdict(self), "peak": self.peak}
+
+
+def server_memory(pool_bytes: int | None) -> int:
+    """What a server that keeps `pool_bytes` of conversations adds to one answer; None for no server."""
+    return 0 if pool_bytes is None else SERVER_BYTES + IMAGE_CACHE_BYTES + pool_bytes
 
 
 def run_memory(model: PlannedModel, storage: Storage, size: PromptSize, backend: str, shared: bool) -> RunMemory:

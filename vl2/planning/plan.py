@@ -8,7 +8,7 @@ from typing import Any
 
 from vl2.errors import VL2Error
 from vl2.planning.demand import Demand, PromptSize, prompt_size
-from vl2.planning.memory import KV_CACHES, RunMemory, cache_bytes, run_memory
+from vl2.planning.memory import KV_CACHES, RunMemory, cache_bytes, run_memory, server_memory
 from vl2.planning.models import NAMES, PlannedModel, planned_model
 from vl2.planning.schemes import (
     CPU,
@@ -192,6 +192,7 @@ def _run(situation: Situation, storage: Storage, backend: str) -> Run:
     model, target = situation.model, situation.target
     size = prompt_size(model, situation.demand)
     memory = run_memory(model, storage, size, backend, target.memory == "shared")
+    memory = replace(memory, server=server_memory(situation.demand.pool_bytes))
     speed = estimate_speed(model, storage, size, target, backend)
     return Run(memory, speed, memory.peak <= target.usable_bytes and size.fits)
 
@@ -200,7 +201,8 @@ def _changes(plan: Plan) -> list[str]:
     """Single changes that each make it fit; where none does, the strongest of all together."""
     if not plan.prompt.fits:
         return _shorter_prompts(plan)
-    found = [change for find in (_other_scheme, _narrower_cache, _smaller_chunk, _shorter_context, _smaller_variant)
+    found = [change for find in (_other_scheme, _narrower_cache, _smaller_chunk, _smaller_pool, _shorter_context,
+                                     _smaller_variant)
              if (change := find(plan)) is not None]
     return found or ["nothing that vl2 offers makes it fit: take a target with more memory"]
 
@@ -228,6 +230,14 @@ def _smaller_chunk(plan: Plan) -> str | None:
     if demand.prefill_chunk <= _SMALL_CHUNK:
         return None
     return _if_it_fits(plan, replace(demand, prefill_chunk=_SMALL_CHUNK), lambda _: f"--prefill-chunk {_SMALL_CHUNK}")
+
+
+def _smaller_pool(plan: Plan) -> str | None:
+    demand, peak = plan.situation.demand, next(iter(plan.runs.values())).memory.peak
+    room = int(plan.situation.target.usable_bytes - peak + (demand.pool_bytes or 0)) >> 20
+    if demand.pool_bytes is None or room < 1:
+        return None
+    return _if_it_fits(plan, replace(demand, pool_bytes=room << 20), lambda _: f"--serve {room}MiB")
 
 
 def _shorter_context(plan: Plan) -> str | None:

@@ -65,7 +65,8 @@ def _run_lines(plan: Plan) -> list[str]:
 def _memory_lines(plan: Plan, run: Run) -> list[str]:
     memory = run.memory
     return [f"  peak {_size(memory.peak)}: weights {_size(memory.weights)}, cache of {plan.prompt.context:,} tokens "
-            f"{_size(memory.kv_cache)}, activations {_size(memory.activations)}, process {_size(memory.process)}"]
+            f"{_size(memory.kv_cache)}, activations {_size(memory.activations)}, process {_size(memory.process)}"
+            + (f", server {_size(memory.server)}" if memory.server else "")]
 
 
 def _speed_lines(run: Run) -> list[str]:
