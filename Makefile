@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test nano lint clean
+.PHONY: demo test test-page nano lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/vl2 demo
@@ -10,6 +10,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist loadgroup --no-loadscope-reorder
+
+# The web page in Debian's chromium, which the package manager installs; too large for the suite.
+test-page: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet 'playwright>=1.50'
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/runtime/serve/test_page.py
 
 # vl2-nano from nothing, as it ships: about 4 hours on one core. Goes on where it was interrupted.
 nano: $(VENV)/.installed

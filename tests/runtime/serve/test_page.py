@@ -1,6 +1,6 @@
 """The page at `/` in a real browser: Debian's chromium, driven by Playwright; the server is real, its model scripted.
 
-Browser and driver are large, so that no extra installs them: `apt-get install chromium` and `pip install playwright`.
+Browser and driver are large, so that no extra installs them: `apt-get install chromium`, then `make test-page`.
 """
 
 from __future__ import annotations
