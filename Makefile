@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test test-page nano lint clean
+.PHONY: demo test test-page test-engines nano lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/vl2 demo
@@ -15,6 +15,13 @@ test: $(VENV)/.installed
 test-page: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet 'playwright>=1.50'
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/runtime/serve/test_page.py
+
+# Kernels compiled by nvcc for every architecture and engines built by TensorRT-RTX, no GPU needed; half a gigabyte.
+test-engines: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --editable '.[engine]' \
+		nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime
+	$(VENV)/bin/python -m vl2.plugins.cuda.pack
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/plugins/tensorrt tests/plugins/cuda/test_pack.py
 
 # vl2-nano from nothing, as it ships: about 4 hours on one core. Goes on where it was interrupted.
 nano: $(VENV)/.installed
