@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Full
+from queue import Empty, Full
 from random import Random
 
 import numpy as np
@@ -203,10 +203,22 @@ def _render(queue, seed: str, schedule, start: int, step: int) -> None:
 def batch_stream(seed: str, schedule, start: int, workers: int = 1) -> Iterator[Batch]:
     """Batches `start`, start + 1, … rendered in `workers` processes; `schedule(index)` gives (mix, crop plan)."""
     context = multiprocessing.get_context("spawn")
-    queues = [context.Queue(maxsize=6) for _ in range(workers)]
-    for i, queue in enumerate(queues):
-        arguments = (queue, seed, schedule, start + i, workers)
-        context.Process(target=_render, args=arguments, daemon=True).start()
+    renderers = []
+    for i in range(workers):
+        queue = context.Queue(maxsize=6)
+        process = context.Process(target=_render, args=(queue, seed, schedule, start + i, workers), daemon=True)
+        process.start()
+        renderers.append((queue, process))
     while True:
-        for queue in queues:
-            yield queue.get()
+        for queue, process in renderers:
+            yield _taken(queue, process)
+
+
+def _taken(queue, process) -> Batch:
+    """The next batch of a renderer. Raises RuntimeError when it has ended, whose traceback is then on stderr."""
+    while True:
+        try:
+            return queue.get(timeout=5)
+        except Empty:
+            if not process.is_alive():
+                raise RuntimeError(f"the process that renders pages ended with {process.exitcode}") from None
