@@ -7,8 +7,9 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from vl2.config import ModelConfig
+from vl2.engine_record import written_name
 from vl2.export.assemble import assemble
-from vl2.export.lowering.trt import lower_decoder, lower_vision, written_name
+from vl2.export.lowering.trt import lower_decoder, lower_vision
 from vl2.export.passes.arrange_weights import arrange_weights
 from vl2.export.passes.store_weights import DataFile, PlacedWeight
 from vl2.manifest import Graph, Port

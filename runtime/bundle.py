@@ -6,9 +6,12 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from vl2.backends import ENGINE_LOWERING
+from vl2.engine_record import written_name
 from vl2.errors import VL2Error
 from vl2.manifest import Manifest, Port, check_files, check_sizes, read_manifest
 from vl2.prompt import Processor
+from vl2.runtime.choice import choose_backend
 from vl2.runtime.embeddings import Embeddings
 from vl2.runtime.engine import Engine
 from vl2.runtime.image_cache import ImageCache
@@ -16,7 +19,6 @@ from vl2.runtime.image_store import ImageStore
 from vl2.runtime.memory import require_memory
 from vl2.runtime.model import Model
 from vl2.runtime.options import BundleOptions
-from vl2.runtime.ort import OrtBackend
 
 _REMEDY = "export the bundle again"
 
@@ -25,16 +27,15 @@ def open_bundle(path: str | os.PathLike, options: BundleOptions | None = None) -
     """The model in a bundle folder, ready to be asked; weights are read when they are needed.
 
     Raises VL2Error when a file is missing or changed, the schema is newer, files contradict each other, the weights
-    need more memory than there is, or the wanted device cannot be had.
+    need more memory than there is, or the wanted backend cannot be had.
     """
     folder, options = Path(path), options or BundleOptions()
     manifest = read_manifest(folder)
-    if manifest.lowering == "trt":
-        raise VL2Error(f"{folder} has the lowering `trt`: engines are built of it, and this vl2 does not run them yet",
-                       "export the checkpoint without --lowering to run it here; `vl2 engine` builds the engines")
     check_sizes(folder, manifest)
     check_ports(manifest)
-    if options.check_memory:
+    # Before all that takes time: whether anything here runs it.
+    open_backend = choose_backend(folder, manifest, options)
+    if options.check_memory and manifest.lowering != ENGINE_LOWERING:
         require_memory(weight_bytes(manifest), f"loading the weights of {folder}")
     if options.check_hashes:
         check_files(folder, manifest, options.progress)
@@ -43,8 +44,8 @@ def open_bundle(path: str | os.PathLike, options: BundleOptions | None = None) -
     # Only now: the files describe the original's rule.
     processor = replace(processor, geometry=processor.geometry.with_max_tiles(options.max_tiles))
     store = None if options.cache_dir is None else ImageStore(Path(options.cache_dir), options.cache_dir_bytes)
-    backend, images = OrtBackend(folder, manifest, options), ImageCache(options.image_cache_bytes, store)
-    return Model(Engine(manifest, processor, Embeddings(folder, manifest), backend, images), options.kv_cache_bytes)
+    images, embeddings = ImageCache(options.image_cache_bytes, store), Embeddings(folder, manifest)
+    return Model(Engine(manifest, processor, embeddings, open_backend(), images), options.kv_cache_bytes)
 
 
 def weight_bytes(manifest: Manifest) -> int:
@@ -65,6 +66,8 @@ def check_ports(manifest: Manifest) -> None:
                                 "position_ids": ("int64", (None, None)), **sight},
         ("decoder", "outputs"): {"logits": ("float32", (None, language.vocab_size))},
     }
+    if manifest.lowering == ENGINE_LOWERING:
+        expected["decoder", "outputs"] |= _written_caches(manifest)
     for (graph, way), ports in expected.items():
         if graph not in manifest.graphs:
             raise VL2Error(f"the manifest lists no graph {graph!r}", _REMEDY)
@@ -76,6 +79,14 @@ def check_ports(manifest: Manifest) -> None:
         for name, (dtype, shape) in ports.items():
             _check_port(found[name], dtype, shape)
     _check_cache(manifest)
+
+
+def _written_caches(manifest: Manifest) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+    """The caches as outputs, at their inputs' addresses: what graphs for engines have besides."""
+    decoder = manifest.graphs.get("decoder")
+    ports = {port.name: port for port in decoder.inputs} if decoder else {}
+    return {written_name(pair.past): (ports[pair.past].dtype, (None, None, *ports[pair.past].shape[2:]))
+            for pair in (decoder.cache if decoder else ())}
 
 
 def _check_port(port: Port, dtype: str, shape: tuple[int | None, ...]) -> None:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import numpy as np
 
 from vl2.runtime.engine import Context, Engine
-from vl2.runtime.memory import available_bytes
 
 # So many positions are sooner computed again than saved by copying all that comes before them: the prefill of one
 # takes as long as copying some hundred.
@@ -55,7 +54,7 @@ class ContextPool:
         if best in self._idle:
             # Continued where nothing dear is lost by it, and where there is no memory for both.
             both = best.used_bytes + self._busy_bytes() + needed
-            affordable = both <= self._limit_bytes and needed <= available_bytes()
+            affordable = both <= self._limit_bytes and needed <= self._available_bytes()
             if best.length - common <= _CHEAP_POSITIONS or (common > _CHEAP_POSITIONS and not affordable):
                 self._idle.remove(best)
                 self._make_room(max(needed, best.used_bytes))
@@ -76,10 +75,13 @@ class ContextPool:
                 best, most = context, common
         return best, most
 
+    def _available_bytes(self) -> float:
+        return self._engine.backend.cache_memory.available_bytes()
+
     def _busy_bytes(self) -> int:
         return sum(context.used_bytes for context in self._busy)
 
     def _make_room(self, needed: int) -> None:
         """Drops idle contexts, the oldest first, until `needed` more bytes keep the limit and are to be had."""
-        while self._idle and (self.used_bytes + needed > self._limit_bytes or needed > available_bytes()):
+        while self._idle and (self.used_bytes + needed > self._limit_bytes or needed > self._available_bytes()):
             self._idle.pop(0)

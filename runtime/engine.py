@@ -60,7 +60,8 @@ class Context:
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self._cache = KVCache(engine.manifest.graphs["decoder"])
+        self._limits = engine.backend.limits
+        self._cache = KVCache(engine.manifest.graphs["decoder"], engine.backend.cache_memory, self._limits.context)
         self._contents: list[int] = []
         self.turn = 0
 
@@ -71,7 +72,7 @@ class Context:
 
     @property
     def used_bytes(self) -> int:
-        """Memory of the cache, as far as it was ever written."""
+        """Memory of the cache; of the host's, as far as it was ever written."""
         return self._cache.used_bytes
 
     def bytes_for(self, length: int) -> int:
@@ -80,7 +81,7 @@ class Context:
 
     def copy_prefix(self, other: Context, length: int, room: int) -> None:
         """Takes over the first `length` positions of another context, with room for `room` in all."""
-        self._cache.reserve(room)
+        self._cache.reserve(length, room - length)
         self._cache.copy_prefix(other._cache, length)
         self._contents = other._contents[:length]
 
@@ -102,10 +103,12 @@ class Context:
     ) -> np.ndarray:
         """float32 [V] logits of the last position, after adding `contents` int64 [t] with `embeds` float32 [t, H].
 
-        between: called before each chunk, may raise; the chunks before it stay.
+        chunk: tokens at once, fewer where the backend takes fewer. between: called before each chunk, may raise; the
+        chunks before it stay.
         """
         # Room for the first answer tokens too: growing right after a long prefill would copy all of it.
-        self._cache.reserve(self._cache.length + len(embeds) + min(len(embeds), 64))
+        self._cache.reserve(self._cache.length + len(embeds), min(len(embeds), 64))
+        chunk = min(chunk, self._limits.tokens or chunk)
         for start in range(0, len(embeds), chunk):
             between()
             logits = self._extend(contents[start:start + chunk].tolist(), embeds[start:start + chunk])

@@ -152,11 +152,13 @@ class Generation:
 
 
 def _room_for_answer(engine: Engine, layout: Layout) -> int:
-    prompt, limit = len(layout.input_ids), engine.manifest.language.max_position_embeddings
+    prompt, limit, holder = len(layout.input_ids), engine.manifest.language.max_position_embeddings, "model holds"
+    if engine.backend.limits.context is not None and engine.backend.limits.context < limit:
+        limit, holder = engine.backend.limits.context, "engines hold"
     if prompt >= limit:
         raise VL2Error(
             f"the prompt has {prompt:,} tokens, {int(layout.images_seq_mask.sum()):,} of them for "
-            f"{len(layout.images)} images; with the answer the model holds {limit:,}",
+            f"{len(layout.images)} images; with the answer the {holder} {limit:,}",
             "shorten the text, give fewer or less elongated images, or begin a new chat",
         )
     return limit - prompt

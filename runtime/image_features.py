@@ -18,9 +18,10 @@ def encode_tiles(
     backend: Backend, tiles: np.ndarray, geometry: ImageGeometry, hidden_size: int,
     between: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """float32 [N, h·h, H] features of tiles float32 [N, 3, S, S], a few at a time; `between` is called before each."""
+    """float32 [N, h·h, H] features of tiles float32 [N, 3, S, S], as many at a time as the backend takes, a few where
+    it does not say; `between` is called before each."""
     patches = (geometry.tile_size // geometry.patch_size) ** 2
-    step = max(1, _PATCHES_PER_RUN // patches)
+    step = backend.limits.tiles or max(1, _PATCHES_PER_RUN // patches)
     features = np.empty((len(tiles), geometry.tokens_per_side ** 2, hidden_size), np.float32)
     for start in range(0, len(tiles), step):
         between()

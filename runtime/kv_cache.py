@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from vl2.manifest import Graph
+from vl2.runtime.backend import CacheMemory, HostMemory
 
 _SMALLEST_CAPACITY = 64
 
@@ -15,16 +17,19 @@ _SMALLEST_CAPACITY = 64
 class KVCache:
     """Entries of `length` positions for every cache port of a decoder graph, batch size 1.
 
-    buffers: by port `past`, [1, capacity, ...]; the capacity doubles when it is reached.
+    buffers: by port `past`, [1, capacity, ...], in the backend's memory; the capacity doubles when it is reached, and
+    goes beyond `limit` for no spare room.
     """
 
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: Graph, memory: CacheMemory | None = None, limit: int | None = None):
         ports = {port.name: port for port in graph.inputs}
         self._pairs, self.in_place = graph.cache, graph.in_place
+        self._memory, self._limit = memory or HostMemory(), limit
         self._entries = {pair.past: (tuple(ports[pair.past].shape[2:]), np.dtype(ports[pair.past].dtype))
                          for pair in graph.cache}
-        self._buffers = {name: np.empty((1, 0, *shape), dtype) for name, (shape, dtype) in self._entries.items()}
-        self.position_bytes = sum(buffer.itemsize * math.prod(buffer.shape[2:]) for buffer in self._buffers.values())
+        self._buffers: dict[str, Any] = {name: self._memory.allocate((1, 0, *shape), dtype)
+                                         for name, (shape, dtype) in self._entries.items()}
+        self.position_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._entries.values())
         self.capacity = 0
         self.length = 0
         self._touched = 0
@@ -32,23 +37,28 @@ class KVCache:
     @property
     def size_bytes(self) -> int:
         """Memory of the buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        return self.capacity * self.position_bytes
 
     @property
     def used_bytes(self) -> int:
-        """What of the buffers was ever written: the system gives memory to pages when they are."""
-        return self._touched * self.position_bytes
+        """What the buffers take: where memory is given to pages when they are written, what was ever written."""
+        return self._touched * self.position_bytes if self._memory.lazy else self.size_bytes
 
-    def reserve(self, length: int) -> None:
-        """Makes room for `length` positions, at least doubling what there is."""
-        if length <= self.capacity:
+    def reserve(self, length: int, spare: int = 0) -> None:
+        """Makes room for `length` positions and, as far as the limit allows, `spare` more, at least doubling what there
+        is."""
+        wanted = self._within(length, length + spare)
+        if wanted <= self.capacity:
             return
-        capacity = max(length, 2 * self.capacity, _SMALLEST_CAPACITY)
+        capacity = self._within(length, max(wanted, 2 * self.capacity, _SMALLEST_CAPACITY))
         for name, (shape, dtype) in self._entries.items():
-            grown = np.empty((1, capacity, *shape), dtype)
-            grown[:, :self.length] = self._buffers[name][:, :self.length]
+            grown = self._memory.allocate((1, capacity, *shape), dtype)
+            self._memory.copy(grown, self._buffers[name], self.length)
             self._buffers[name] = grown
         self.capacity, self._touched = capacity, self.length
+
+    def _within(self, least: int, wished: int) -> int:
+        return wished if self._limit is None else max(least, min(wished, self._limit))
 
     def copy_prefix(self, other: KVCache, length: int) -> None:
         """Takes the first `length` positions of `other`, a cache of the same graph, in place of its own."""
@@ -56,10 +66,10 @@ class KVCache:
         self.length = 0
         self.reserve(length)
         for name, buffer in self._buffers.items():
-            buffer[:, :length] = other._buffers[name][:, :length]
+            self._memory.copy(buffer, other._buffers[name], length)
         self.append(length)
 
-    def past(self) -> Mapping[str, np.ndarray]:
+    def past(self) -> Mapping[str, Any]:
         """Views [1, length, ...] of what is there, by input port; whole buffers where the graph writes into them."""
         if self.in_place:
             return self._buffers

@@ -6,19 +6,20 @@ import math
 import os
 from dataclasses import dataclass
 
+from vl2.backends import AUTO, BACKENDS, DEVICES
 from vl2.errors import VL2Error
 from vl2.file_hashes import Progress
 from vl2.runtime.constraints import Constraint
-
-DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
 class BundleOptions:
     """How a bundle is opened.
 
-    device: "auto" takes CUDA where onnxruntime-gpu is installed and works, else the CPU. threads: None is one a
-    physical core that this process may use. check_hashes: False checks sizes only. check_memory: False opens a bundle
+    backend: "auto" takes the fastest of `vl2.backends.BACKENDS` that works here for this bundle; one that is named is
+    taken, or opening fails. device: "cpu" is short for the backend ort-cpu, "cuda" for ort-cuda. cuda_graph: engines
+    replay a decode step as a whole; False launches its kernels one by one. threads: of a CPU, None is one a physical
+    core that this process may use. check_hashes: False checks sizes only. check_memory: False opens a bundle
     whose weights are larger than the available memory. progress: gets (stage, bytes done, bytes in all).
     max_tiles: at most so many local tiles an image (its global view comes on top); None is the original's rule.
     kv_cache_bytes: of conversations that `Model.complete` may keep to go on with; a running one comes on top.
@@ -26,7 +27,9 @@ class BundleOptions:
     most cache_dir_bytes; it may be shared by processes and bundles.
     """
 
-    device: str = "auto"
+    device: str = AUTO
+    backend: str = AUTO
+    cuda_graph: bool = True
     threads: int | None = None
     check_hashes: bool = True
     check_memory: bool = True
@@ -37,8 +40,18 @@ class BundleOptions:
     cache_dir: str | os.PathLike | None = None
     cache_dir_bytes: int = 1 << 30
 
+    @property
+    def wanted(self) -> str:
+        """One of BACKENDS, or AUTO."""
+        return DEVICES[self.device] if self.backend == AUTO else self.backend
+
     def __post_init__(self):
         _expect(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
+        names = (AUTO, *BACKENDS)
+        _expect(self.backend in names, "backend", self.backend, f"one of {', '.join(names)}")
+        if AUTO not in (self.device, self.backend) and DEVICES[self.device] != self.backend:
+            raise VL2Error(f"the device {self.device} and the backend {self.backend} were asked for, and "
+                           f"{self.device} is {DEVICES[self.device]}", "give one of the two")
         _expect(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
         _expect(self.max_tiles is None or self.max_tiles >= 1, "max_tiles", self.max_tiles, "at least 1")
         for name in ("kv_cache_bytes", "image_cache_bytes", "cache_dir_bytes"):

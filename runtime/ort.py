@@ -12,7 +12,7 @@ from vl2.errors import VL2Error
 from vl2.manifest import Graph, Manifest
 from vl2.mapped_pages import bounded_file_pages, drop_file_pages
 from vl2.operators import register_operators
-from vl2.runtime.backend import Arrays
+from vl2.runtime.backend import Arrays, Backend
 from vl2.runtime.cores import physical_cores
 from vl2.runtime.options import BundleOptions
 from vl2.runtime.providers import CPU, CUDA, Choice, choose, installed_packages
@@ -33,15 +33,17 @@ _DISABLE_PREPACKING = {"portable": "1", "ort": "0", "cpu": "1"}
 # Mapped pages that may be resident while a session packs them.
 _UNPACKED_LIMIT_BYTES = 128 << 20
 _ERRORS_ONLY = 3
+# What to ask `choose` for, by the backend that was asked for.
+_DEVICES = {"auto": "auto", "ort-cuda": "cuda", "ort-cpu": "cpu"}
 
 
-class OrtBackend:
-    """Runs a bundle's graphs with onnxruntime; each is loaded on its first run.
+class OrtBackend(Backend):
+    """Runs a bundle's graphs with onnxruntime; each is loaded on its first run. note: why nothing faster was taken.
 
     description: the processor, its threads and the version, in one line.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, options: BundleOptions):
+    def __init__(self, folder: Path, manifest: Manifest, options: BundleOptions, note: str = ""):
         import onnxruntime
 
         self._ort, self._folder, self._graphs = onnxruntime, folder, manifest.graphs
@@ -50,14 +52,14 @@ class OrtBackend:
                            f"{', '.join(_DISABLE_PREPACKING)}", "update vl2-edge, or export the bundle again")
         self._lowering = manifest.lowering
         self._config = _CONFIG | {_PREPACKING_KEY: _DISABLE_PREPACKING[manifest.lowering]}
-        self._device = options.device
+        self._device, self._note = _DEVICES[options.wanted], note
         self._threads = options.threads or physical_cores()
-        if manifest.lowering == "cpu" and options.device == "cuda":
+        if manifest.lowering == "cpu" and self._device == "cuda":
             raise VL2Error(f"CUDA was asked for, and {folder} has the lowering `cpu`, whose operators run on CPUs only",
-                           "give --device cpu, or export the bundle with --lowering ort")
-        device, offered = "cpu" if manifest.lowering == "cpu" else options.device, onnxruntime.get_available_providers()
+                           "give --backend ort-cpu, or export the bundle with --lowering ort")
+        device, offered = "cpu" if manifest.lowering == "cpu" else self._device, onnxruntime.get_available_providers()
         self._choice = choose(device, offered, installed_packages())
-        if manifest.lowering == "cpu" and options.device == "auto" and CUDA in offered:
+        if manifest.lowering == "cpu" and self._device == "auto" and CUDA in offered:
             self._choice = Choice((CPU,), "not CUDA: the bundle has the lowering cpu")
         if CUDA in self._choice.providers and hasattr(onnxruntime, "preload_dlls"):
             # It prints what it misses; standard output belongs to results.
@@ -71,9 +73,10 @@ class OrtBackend:
         if CUDA in self._choice.providers:
             self.load("decoder")
         name = f"onnxruntime {self._ort.__version__}"
+        notes = "; ".join(filter(None, (self._note, self._choice.note)))
+        note = f" ({notes})" if notes else ""
         if CUDA in self._choice.providers:
-            return f"CUDA, {name}"
-        note = f" ({self._choice.note})" if self._choice.note else ""
+            return f"CUDA, {name}{note}"
         return f"CPU, {self._threads} thread{'s' * (self._threads != 1)}, {name}{note}"
 
     def load(self, graph: str) -> None:

@@ -20,7 +20,8 @@ NANO = Path(__file__).parents[1] / "nano" / "checkpoint"
 
 # Tests that export go to one worker, which traces each kind of layer once.
 EXPORTING = ("test_budget.py", "test_convert_verb.py", "test_quantization_verbs.py", "test_engine_verb.py",
-             "test_verb.py", "test_nano.py", "test_bench.py", "test_room.py", "test_build.py")  # fmt: skip
+             "test_verb.py", "test_nano.py", "test_bench.py", "test_room.py", "test_build.py", "test_engine_answers.py",
+             "test_engine_choice.py")  # fmt: skip
 # Few tests, each of minutes or nearly: begun last, they would be all that a second worker waits for.
 LONGEST = ("test_readme.py", "test_packaging.py", "test_calibrated.py")
 

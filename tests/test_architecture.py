@@ -14,13 +14,15 @@ FOLDERS = {"vl2": "vl2", "model": "vl2.model", "calib": "vl2.calib", "quant": "v
 # What each part may import besides itself and the contract `vl2`.
 ARROWS = {
     "vl2": set(), "model": set(), "calib": {"model", "nano"}, "quant": {"model"}, "plugins": {"model"},
-    "export": {"model", "plugins"}, "runtime": set(), "nano": {"model", "runtime"}, "accuracy": {"runtime"},
-    "layerwise": {"model", "calib", "quant", "accuracy"},
+    "hosts": set(), "export": {"model", "plugins"}, "runtime": {"hosts"}, "nano": {"model", "runtime"},
+    "accuracy": {"runtime"}, "layerwise": {"model", "calib", "quant", "accuracy"},
     "machine": {"runtime"}, "planning": {"runtime", "machine"}, "measure": {"runtime", "machine", "planning"},
-    "cli": {"machine", "planning", "measure", "model", "calib", "quant", "plugins", "export", "runtime", "nano",
-            "accuracy", "layerwise"},
+    "cli": {"machine", "planning", "measure", "model", "calib", "quant", "plugins", "hosts", "export", "runtime",
+            "nano", "accuracy", "layerwise"},
 }
-DEVICE_HALF = {"vl2", "runtime", "accuracy", "cli", "machine", "planning", "measure"}
+# Of plugins/, what runs them: the kernels with their launch plans, and TensorRT's side of them.
+HOSTS = {"cuda", "tensorrt"}
+DEVICE_HALF = {"vl2", "hosts", "runtime", "accuracy", "cli", "machine", "planning", "measure"}
 HEAVY = {"torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "huggingface_hub"}
 
 
@@ -30,7 +32,9 @@ def sources(folder: str) -> list[Path]:
 
 def part_of(module: str) -> str:
     """The part that a dotted module name belongs to: `vl2.model.moe` is in `model`, `vl2.image` in `vl2`."""
-    second = module.split(".")[1] if module.count(".") else ""
+    second, third = (*module.split("."), "", "")[1:3]
+    if second == "plugins" and third in HOSTS:
+        return "hosts"
     return second if second in ARROWS else "vl2"
 
 
@@ -53,6 +57,8 @@ def all_sources() -> list[tuple[str, Path]]:
 def _inner_part(part: str, path: Path) -> str:
     """Some folders of the contract are parts of their own, such as the command line."""
     inner = path.relative_to(ROOT).parts[1]
+    if part == "plugins" and inner in HOSTS:
+        return "hosts"
     return inner if part == "vl2" and inner in ARROWS else part
 
 

@@ -33,14 +33,21 @@ class EngineHost:
     kernels: str
 
 
+def written_name(cache: str) -> str:
+    """The output that a cache is after a step, at the address of the input `cache`."""
+    return f"written_{cache}"
+
+
 def check_engines(target: str, record: EngineRecord, host: EngineHost) -> None:
     """Raises VL2Error unless engines of this record run on this host: an engine is for one GPU and one version."""
     facts = (("backend", record.backend, host.backend), ("version", record.version, host.version),
              ("compute capability", record.compute_capability, host.compute_capability))
     for what, built, here in facts:
         if built != here:
+            again = f"build them again: `vl2 engine BUNDLE --target {target} --force`"
+            other = f"build engines for this GPU: `vl2 engine BUNDLE --target local --backend {host.backend}`"
             raise VL2Error(f"the engines for {target} were built for {what} {built}, and here it is {here}",
-                           f"build them again: `vl2 engine BUNDLE --target {target} --force`")
+                           other if what == "compute capability" else again)
     if record.kernels != host.kernels:
         raise VL2Error(f"the engines for {target} need plugins of the sources {record.kernels[:12]}, and this vl2 has "
                        f"{host.kernels[:12]}", f"build them again: `vl2 engine BUNDLE --target {target} --force`")

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from vl2.engine_record import written_name
 from vl2.errors import VL2Error
 from vl2.export.assemble import TracedGraph
 from vl2.export.engine_storage import PART_NAMES
@@ -212,11 +213,6 @@ class _Attention:
             written.name, written.type, written.shape = written_name(cache.name), cache.type, cache.shape
             self._graph.outputs.append(written)
         return _float(y)
-
-
-def written_name(cache: str) -> str:
-    """The output that a cache is after a step."""
-    return f"written_{cache}"
 
 
 def _plugin(scope: Scope, op_type: str, inputs: list[ir.Value], attributes: dict) -> ir.Value:

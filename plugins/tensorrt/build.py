@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vl2.errors import VL2Error
-from vl2.plugins.tensorrt.flavour import RTX, library_environment, load_tensorrt
+from vl2.plugins.tensorrt.flavour import RTX, library_environment, load_tensorrt, logger_of
 from vl2.plugins.tensorrt.plugin import register_plugins
 
 # Smallest, usual and largest shape of an input.
@@ -69,7 +69,7 @@ def build_apart(job: EngineJob) -> EngineFacts:
 def build(job: EngineJob) -> EngineFacts:
     """Builds in this process. Raises VL2Error."""
     start, trt = time.monotonic(), load_tensorrt(job.flavour)
-    logger, refused = _logger(trt), []
+    logger, refused = logger_of(trt), []
     register_plugins(trt, refused)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -123,21 +123,6 @@ def _refusal(job: EngineJob, what: str, refused: list[VL2Error], said: list[str]
         return VL2Error(f"{job.flavour} {what} {job.onnx}: {refused[0].message}", refused[0].hint)
     text = "; ".join(said[:6]) or "no reason was given"
     return VL2Error(f"{job.flavour} {what} {job.onnx}: {text}", "export the bundle again with this vl2")
-
-
-def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors, self.warnings = [], []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(message)
-            elif severity == trt.ILogger.WARNING:
-                self.warnings.append(message)
-
-    return Logger()
 
 
 def _write(path: Path, plan: Any) -> None:

@@ -35,6 +35,23 @@ def load_tensorrt(flavour: str) -> Any:
         raise VL2Error(f"{flavour} cannot be imported: {error}", _INSTALL[flavour]) from error
 
 
+def logger_of(trt: Any) -> Any:
+    """A logger that keeps TensorRT's words in `errors` and `warnings` and prints nothing."""
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors, self.warnings = [], []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(message)
+            elif severity == trt.ILogger.WARNING:
+                self.warnings.append(message)
+
+    return Logger()
+
+
 def library_environment(flavour: str, folder: Path) -> dict[str, str]:
     """The environment for a process that parses graphs with plugins; `folder` gets the link that the parser opens."""
     environment = dict(os.environ)

@@ -114,9 +114,10 @@ class _Plugin:
     def enqueue(  # noqa: PLR0913  (TensorRT's signature)
         self, input_desc: list, output_desc: list, inputs: list, outputs: list, workspace: int, stream: int
     ) -> None:
-        plan = self._plan(tuple(tuple(one.dims) for one in input_desc))
         names = [tensor.name for tensor in self._tensors]
-        current_launcher().run(plan, dict(zip(names, (*inputs, *outputs), strict=True)), workspace, stream)
+        with _Kept(self._errors):
+            plan = self._plan(tuple(tuple(one.dims) for one in input_desc))
+            current_launcher().run(plan, dict(zip(names, (*inputs, *outputs), strict=True)), workspace, stream)
 
     def _plan(self, sides: tuple[tuple[int, ...], ...]) -> Any:
         if sides not in self._plans:

@@ -139,7 +139,7 @@ def test_the_plan_foretells_the_sizes(exported) -> None:
     assert plan_export(folder, ExportOptions(lowering="trt")).modules == manifest.modules
 
 
-def test_a_trt_bundle_is_refused_by_the_runtime_of_today(exported) -> None:
+def test_a_trt_bundle_without_engines_is_refused_with_the_command_that_builds_them(exported) -> None:
     with pytest.raises(VL2Error, match="has the lowering `trt`") as caught:
         open_bundle(exported[1]).ask("What?")
     assert "vl2 engine" in caught.value.hint

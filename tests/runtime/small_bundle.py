@@ -31,6 +31,7 @@ from vl2.manifest import (
 )
 from vl2.prompt import Processor
 from vl2.runtime import Model
+from vl2.runtime.backend import Backend
 from vl2.runtime.embeddings import Embeddings as StoredEmbeddings
 from vl2.runtime.engine import Engine
 
@@ -46,7 +47,7 @@ TABLES = {"embed_tokens": WEIGHTS.normal(size=(VOCAB, HIDDEN)).astype(np.float32
           "view_seperator": WEIGHTS.normal(size=HIDDEN).astype(np.float32)}
 
 
-class NumpyBackend:
+class NumpyBackend(Backend):
     """The graphs of the small bundle, written out; `runs` records what was run with how many tiles or tokens."""
 
     description = "NumPy"

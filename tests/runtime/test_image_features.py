@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vl2.image import ImageGeometry, image_token_count
+from vl2.runtime.backend import Backend
 from vl2.runtime.image_features import assemble_image, encode_tiles
 
 HIDDEN = 3
@@ -45,7 +46,7 @@ def test_tiles_are_encoded_a_few_at_a_time_and_come_back_in_order(tile: int, pat
     geometry = ImageGeometry(tile, patch, 2, ((tile, tile),))
     sizes = []
 
-    class Backend:
+    class Tower(Backend):
         def run(self, graph, feeds, results):
             assert graph == "vision"
             sizes.append(len(feeds["tiles"]))
@@ -53,7 +54,7 @@ def test_tiles_are_encoded_a_few_at_a_time_and_come_back_in_order(tile: int, pat
 
     tiles = np.zeros((19, 3, tile, tile), np.float32)
     tiles[:, 0, 0, 0] = np.arange(19)
-    features = encode_tiles(Backend(), tiles, geometry, HIDDEN)
+    features = encode_tiles(Tower(), tiles, geometry, HIDDEN)
     assert features.shape == (19, geometry.tokens_per_side ** 2, HIDDEN)
     assert features[:, 0, 0].tolist() == list(range(19))
     assert max(sizes) == largest

@@ -11,9 +11,11 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 
 SCRIPT = """
 import importlib, pkgutil, sys
-for name in ("torch", "onnx", "onnxscript", "safetensors", "huggingface_hub"):
+for name in ("torch", "onnx", "onnxscript", "safetensors", "huggingface_hub", "tensorrt", "tensorrt_rtx", "cuda"):
     sys.modules[name] = None
 import vl2.runtime
+vl2.runtime.open_bundle(sys.argv[1])
+assert "vl2.runtime.engines" not in sys.modules, "engines were not asked for"
 for module in pkgutil.walk_packages(vl2.runtime.__path__, "vl2.runtime."):
     importlib.import_module(module.name)
 from vl2.runtime import GenerationOptions, open_bundle

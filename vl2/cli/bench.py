@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from vl2.cli.options import bundle_options, debug_option, max_tiles_option
+from vl2.cli.options import bundle_options, debug_option, max_tiles_option, to_backend_options
 from vl2.cli.plan import ImageSize
 
 
@@ -37,7 +37,7 @@ def command(bundle: Path, other: Path | None, rounds: int, **choices: Any) -> No
 
     bundles = [bundle] if other is None else [bundle, other]
     options = {"check_hashes": not choices["no_hash_check"], "check_memory": not choices["no_memory_check"],
-               **{name: choices[name] for name in ("device", "threads", "max_tiles")}}
+               "max_tiles": choices["max_tiles"], **to_backend_options(choices)}
     setting = Setting(_workload(bundles, choices), rounds, options, lambda line: click.echo(line, err=True))
     bench = run_bench(bundles, setting)
     click.echo(describe(bench))

@@ -7,10 +7,13 @@ from typing import Any
 
 import click
 
+from vl2.backends import ENGINES_OF
 from vl2.cli.options import debug_option, json_option
 from vl2.errors import VL2Error
 
 _PREFILL_CHUNK = 512
+_RUN_BY = {engines: backend for backend, engines in ENGINES_OF.items()}
+
 
 @click.command("engine")
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -54,7 +57,7 @@ def command(bundle: Path, as_json: bool, **choices: Any) -> None:
     """Build TensorRT engines of BUNDLE (of `vl2 export --lowering trt`) for a device, into the bundle.
 
     Engines for GeForce and RTX GPUs are built on any x86-64 Linux machine with the extra [engine]; those for Jetson
-    boards on the board itself. This version of vl2 does not run engines yet.
+    boards on the board itself. `vl2 run BUNDLE` then runs them there.
     """
     from vl2.manifest import check_sizes, read_manifest
     from vl2.planning.engine_fit import check_fit, engine_fit
@@ -189,6 +192,7 @@ def _describe(facts: dict[str, Any]) -> str:
         [
             *lines,
             f"{record['backend']} {record['version']}, compute capability "
-            f"{record['compute_capability']}; built, and not run: this vl2 has no runtime for engines yet",
+            f"{record['compute_capability']}; on such a GPU `vl2 run {facts['bundle']} --backend "
+            f"{_RUN_BY[record['backend']]}` runs them",
         ]
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from vl2.backends import AUTO, BACKENDS, DEVICES
 from vl2.errors import VL2Error
 
 
@@ -49,8 +50,12 @@ _GENERATION = (
 )
 
 _BUNDLE = (
-    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-                 help="auto takes CUDA where onnxruntime-gpu is installed and works."),
+    click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), default=AUTO, show_default=True,
+                 help="What runs the bundle; auto takes the first that works here and says which: engines of TensorRT "
+                 "(trt) or TensorRT-RTX (trt-rtx), which `vl2 engine` builds, ONNX Runtime on CUDA, and on the CPU."),
+    click.option("--device", type=click.Choice(list(DEVICES)), default=AUTO, show_default=True,
+                 help="cpu is short for --backend ort-cpu, cuda for --backend ort-cuda."),
+    click.option("--no-cuda-graph", is_flag=True, help="Engines: launch the kernels of a decode step one by one."),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads; one a physical core without it."),
     click.option("--no-hash-check", is_flag=True, help="Check only the sizes of the bundle's files."),
     click.option("--no-memory-check", is_flag=True, help="Open a bundle larger than the available memory."),
@@ -84,12 +89,17 @@ def open_as_asked(bundle: Path, values: dict[str, Any]) -> Any:
 
     hashes, memory = not values.pop("no_hash_check"), not values.pop("no_memory_check")
     with ByteProgress() as progress:
-        options = BundleOptions(device=values.pop("device"), threads=values.pop("threads"), check_hashes=hashes,
-                                check_memory=memory, progress=progress, max_tiles=values.pop("max_tiles", None),
-                                **_cache_sizes(values))
+        options = BundleOptions(**to_backend_options(values), check_hashes=hashes, check_memory=memory,
+                                progress=progress, max_tiles=values.pop("max_tiles", None), **_cache_sizes(values))
         model = open_bundle(bundle, options)
     click.echo(f"backend: {model.backend}", err=True)
     return model
+
+
+def to_backend_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of BundleOptions that say what runs a bundle; takes them out of `values`."""
+    graph = not values.pop("no_cuda_graph")
+    return {**{name: values.pop(name) for name in ("backend", "device", "threads")}, "cuda_graph": graph}
 
 
 def to_generation_options(values: dict[str, Any]) -> Any:

@@ -44,17 +44,21 @@ def check_gpu() -> Iterator[Check]:
 
 
 def check_tensorrt() -> Iterator[Check]:
-    """Makes a builder with each TensorRT that is installed: what `vl2 engine` needs."""
+    """Makes a builder with each TensorRT that is installed, imports cuda-bindings: what engines need."""
     for module, (name, mend) in _TENSORRTS.items():
         if importlib.util.find_spec(module) is None:
             mend = "sudo apt install nvidia-jetpack" if is_jetson() and module == "tensorrt" else mend
-            yield Check("engines", name, MISSING, "not installed; only `vl2 engine` needs it",
+            yield Check("engines", name, MISSING, "not installed; only engines need it",
                         mend if gpu_is_possible() else None)
             continue
         answer, error = attempt(f"import {module} as trt; builder = trt.Builder(trt.Logger(trt.Logger.ERROR)); "
                                 "assert builder is not None; print(trt.__version__)")
         yield Check("engines", name, FAILED if error else OK, error or f"{answer}, makes a builder",
                     mend if error else None)
+    answer, error = attempt("from importlib.metadata import version; from cuda.bindings import driver; "
+                            "print(version('cuda-bindings'))")
+    yield Check("engines", "cuda-bindings", MISSING if error else OK, error or f"{answer}, runs engines",
+                "pip install cuda-bindings" if error and gpu_is_possible() else None)
 
 
 def gpu_is_possible() -> bool:

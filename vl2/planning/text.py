@@ -10,7 +10,7 @@ from vl2.planning.targets import Target
 _BACKENDS = {
     "cpu": "onnxruntime on the CPU",
     "cuda": "onnxruntime-gpu; memory and speed estimated, not measured",
-    "engine": "TensorRT engines, which `vl2 engine` builds and this version does not run; memory and speed estimated",
+    "engine": "TensorRT engines, which `vl2 engine` builds; never run on a GPU yet, memory and speed estimated",
 }
 
 

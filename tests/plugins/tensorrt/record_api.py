@@ -17,11 +17,12 @@ from pathlib import Path
 
 # Classes whose members our code names; of others only the name is recorded.
 CLASSES = {
-    "Builder", "DataType", "DynamicPluginTensorDesc", "IBuilderConfig", "ICudaEngine", "IExprBuilder", "IHostMemory",
-    "ILogger", "INetworkDefinition", "IOptimizationProfile", "IPluginCreatorV3One", "IPluginRegistry", "IPluginV3",
-    "IPluginV3OneBuildV2", "IPluginV3OneCore", "IPluginV3OneRuntime", "NetworkDefinitionCreationFlag", "OnnxParser",
-    "ParserError", "PluginField", "PluginFieldCollection", "PluginFieldType", "PluginTensorDesc", "PreviewFeature",
-    "TensorFormat",
+    "Builder", "DataType", "DynamicPluginTensorDesc", "ExecutionContextAllocationStrategy", "IBuilderConfig",
+    "ICudaEngine", "IExecutionContext", "IExprBuilder", "IHostMemory", "ILogger", "INetworkDefinition",
+    "IOptimizationProfile", "IPluginCreatorV3One", "IPluginRegistry", "IPluginV3", "IPluginV3OneBuildV2",
+    "IPluginV3OneCore", "IPluginV3OneRuntime", "NetworkDefinitionCreationFlag", "OnnxParser", "ParserError",
+    "PluginField", "PluginFieldCollection", "PluginFieldType", "PluginTensorDesc", "PreviewFeature", "Runtime",
+    "TensorFormat", "TensorIOMode", "TensorLocation",
 }  # fmt: skip
 API = Path(__file__).with_name("api.json")
 BINDINGS = {"10.3.0": "tensorrt-cu12-bindings", "10.13.3.9": "tensorrt-cu12-bindings",

@@ -14,7 +14,8 @@ import pytest
 from tests.plugins.tensorrt.record_api import API, BINDINGS, CLASSES
 from vl2.plugins.tensorrt.flavour import load_tensorrt
 
-SOURCES = sorted((Path(__file__).parents[3] / "plugins" / "tensorrt").glob("*.py"))
+ROOT = Path(__file__).parents[3]
+SOURCES = sorted(path for folder in ("plugins/tensorrt", "runtime/engines") for path in (ROOT / folder).glob("*.py"))
 # Used with the flavour TensorRT-RTX only.
 RTX_ONLY = {"ComputeCapability"}
 # What is called on objects, whose classes the sources do not name.
@@ -26,6 +27,14 @@ MEMBERS = {
     "IBuilderConfig": ("set_preview_feature", "add_optimization_profile"),
     "IOptimizationProfile": ("set_shape",),
     "IHostMemory": ("nbytes",),
+    "Runtime": ("deserialize_cuda_engine",),
+    "ICudaEngine": ("create_execution_context", "device_memory_size_v2", "get_tensor_location", "get_tensor_mode",
+                    "get_tensor_name", "get_tensor_shape", "num_io_tensors"),
+    "IExecutionContext": ("execute_async_v3", "set_device_memory", "set_input_shape", "set_optimization_profile_async",
+                          "set_tensor_address"),
+    "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
+    "TensorLocation": ("DEVICE",),
+    "TensorIOMode": ("INPUT",),
     "IPluginRegistry": ("get_creator", "register_creator"),
     "IExprBuilder": ("constant",),
     "DynamicPluginTensorDesc": ("desc", "min", "max"),

@@ -1,0 +1,1 @@
+"""Bundles on engines of TensorRT and TensorRT-RTX; neither is imported, nor cuda-bindings, before they are chosen."""

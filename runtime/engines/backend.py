@@ -1,0 +1,84 @@
+"""The backend of engines: TensorRT or TensorRT-RTX with our plugins, caches and weights on the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vl2.engine_record import written_name
+from vl2.errors import VL2Error
+from vl2.manifest import Manifest
+from vl2.runtime.backend import Arrays, Backend, Limits
+from vl2.runtime.engines.find import FoundEngines
+from vl2.runtime.engines.library import Library
+from vl2.runtime.engines.memory import DeviceMemory, DeviceWeights
+from vl2.runtime.engines.session import EngineSession
+from vl2.runtime.options import BundleOptions
+
+_NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+# Of the decoder's profiles (vl2.plugins.tensorrt.engines).
+_DECODE, _PREFILL = 0, 1
+
+
+class EngineBackend(Backend):
+    """Runs a bundle's graphs by their engines; each is loaded on its first run."""
+
+    def __init__(self, folder: Path, manifest: Manifest, found: FoundEngines, options: BundleOptions):
+        self._folder, self._manifest, self._found = folder, manifest, found
+        sizes = found.record.sizes
+        self.limits = Limits(sizes["context"], sizes["prefill_chunk"], sizes["tiles"])
+        self.cache_memory = DeviceMemory(found.device)
+        self._replay = options.cuda_graph
+        if options.check_memory:
+            self._require_memory()
+        self._library = Library(found.trt, found.device)
+        self._sessions: dict[str, EngineSession] = {}
+
+    @property
+    def description(self) -> str:
+        """As Backend.description."""
+        found, record = self._found, self._found.record
+        steps = "decode steps as CUDA graphs" if self._replay else "no CUDA graphs"
+        note = f" ({found.note})" if found.note else ""
+        return (f"{_NAMES[record.backend]} {record.version}, engines for {found.target} on {found.device.name} "
+                f"(compute capability {record.compute_capability}), {steps}{note}")
+
+    def load(self, graph: str) -> None:
+        """As Backend.load: deserializes the engine, and for the decoder copies the weights to the device."""
+        with self._found.device.lock:
+            self._session(graph)
+
+    def run(self, graph: str, feeds: Arrays, results: Arrays) -> None:
+        """As Backend.run; a step of one token is a decode step, and replayed."""
+        session = self._session(graph)
+        if graph != "decoder":
+            session.run(feeds, results)
+            return
+        one = feeds["inputs_embeds"].shape[1] == 1
+        session.run(feeds, results, _DECODE if one else _PREFILL, replay=one and self._replay)
+
+    def _session(self, graph: str) -> EngineSession:
+        if graph not in self._sessions:
+            with self._found.device.lock:
+                path = self._folder / self._found.record.files[graph]
+                self._sessions[graph] = EngineSession(self._library, path, *self._inputs(graph))
+        return self._sessions[graph]
+
+    def _inputs(self, graph: str) -> tuple[dict[str, int], dict[str, str]]:
+        """Addresses of the weights that are inputs, and which outputs are caches written in place."""
+        facts = self._manifest.graphs[graph]
+        if graph != "decoder":
+            return {}, {}
+        self._weights = DeviceWeights(self._found.device, self._folder / facts.data_file)
+        return self._weights.addresses, {written_name(pair.past): pair.past for pair in facts.cache}
+
+    def _require_memory(self) -> None:
+        """Raises VL2Error when weights and engines are more than the device has free."""
+        names = (self._manifest.graphs["decoder"].data_file, *self._found.record.files.values())
+        needed, free = sum(self._manifest.files[name].size_bytes for name in names), self._found.device.free_bytes()
+        if needed > free:
+            raise VL2Error(
+                f"loading the engines and weights of {self._folder} needs {needed / 1e9:.2f} GB of the GPU's memory, "
+                f"{free / 1e9:.2f} GB are free",
+                "end other programs, use a bundle of a smaller scheme or model, or open it with --no-memory-check "
+                "(BundleOptions(check_memory=False))",
+            )
