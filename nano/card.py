@@ -16,14 +16,14 @@ A small DeepSeek-VL2 trained from nothing on synthetic documents, in the family'
 It is vl2's demo, integration test and yardstick for quantization; it knows nothing but the pages described below.
 
 ## What it reads
-Text of about 12 to 20 pixels (in canvas pixels, after the image is fitted into its tiles) in DejaVu Sans, on a third of
-the pages bold: single strings, lines, receipts, forms, small tables; bar charts with printed values or (a fifth) an axis
-of up to five ticks; up to six coloured shapes. 15 % of the pages are rotated (up to 2 degrees), 15 % blurred, 30 % noisy,
-10 % light on dark; half of the images are resized by the processor, by up to 1.25. Boxes are as high as a line and
-answered in tens of 999. Words are listed ones or random letters, numbers, codes, dates. Questions are those of `nano/questions.py`, in English;
-ask close to these phrasings, for example "Read the text.", "What is the total?", "What is the price of Milk?",
-"What is the Qty of Rice?", "What is the value of Mar?", "Locate the word Total.", "How many circles are there?",
-"What colour is the square?".
+Text of about 12 to 20 pixels (in canvas pixels, after the image is fitted into its tiles) in DejaVu Sans, on a third
+of the pages bold: single strings, lines, receipts, forms, small tables; bar charts with printed values or (a fifth)
+an axis of up to five ticks; up to six coloured shapes. 15 % of the pages are rotated (up to 2 degrees), 15 % blurred,
+30 % noisy, 10 % light on dark; half of the images are resized by the processor, by up to 1.25. Boxes are as high as a
+line and answered in tens of 999. Words are listed ones or random letters, numbers, codes, dates. Questions are those
+of `nano/questions.py`, in English; ask close to these phrasings, for example "Read the text.", "What is the total?",
+"What is the price of Milk?", "What is the Qty of Rice?", "What is the value of Mar?", "Locate the word Total.", "How
+many circles are there?", "What colour is the square?".
 
 ## Scores on the held-out set
 `nano/heldout` (pages of another seed), greedy decoding, exact match (boxes: right label and IoU of at least 0.5), the
