@@ -10,6 +10,7 @@ import numpy as np
 
 from vl2.errors import VL2Error
 from vl2.plugins.tensorrt.launcher import call
+from vl2.runtime import memory
 
 _INSTALL = "pip install cuda-bindings (JetPack 6: 'cuda-bindings==12.*')"
 _NON_BLOCKING = 1
@@ -29,7 +30,8 @@ class Device:
     """A GPU, one stream on it, and what is done there in order; any thread may call.
 
     driver: the module `cuda.bindings.driver`, or what stands for it in a test. name, compute_capability: such as "8.9";
-    stream: its handle; lock: to be held over calls that belong together. Raises VL2Error where the driver refuses.
+    integrated: whether its memory is the system's; stream: its handle; lock: to be held over calls that belong
+    together. Raises VL2Error where the driver refuses.
     """
 
     def __init__(self, driver: Any, ordinal: int = 0):
@@ -46,6 +48,7 @@ class Device:
         major, minor = (self._attribute(f"COMPUTE_CAPABILITY_{part}") for part in ("MAJOR", "MINOR"))
         self.compute_capability = f"{major}.{minor}"
         self.name = self._call("cuDeviceGetName", _NAME_BYTES, self._device).rstrip(b"\0").decode(errors="replace")
+        self.integrated = bool(self._attribute("INTEGRATED"))
         self.stream = int(self._call("cuStreamCreate", _NON_BLOCKING))
 
     def activate(self) -> None:
@@ -54,8 +57,11 @@ class Device:
             call(self._driver, "cuCtxSetCurrent", self._context)
             self._thread.active = True
 
-    def free_bytes(self) -> int:
+    def free_bytes(self) -> float:
         """Memory that can still be had: the GPU's own, or the system's where they share it."""
+        if self.integrated:
+            # the driver counts the page cache as used there, which holds the bundle itself
+            return memory.available_bytes()
         return int(self._call("cuMemGetInfo"))
 
     def allocate(self, size: int) -> int:

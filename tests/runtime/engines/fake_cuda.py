@@ -17,15 +17,17 @@ _OUT_OF_MEMORY, _CAPTURE_REFUSED = 2, 901
 
 
 class FakeDriver:
-    """size_bytes: of its memory. calls: how often each function was called; refuse_capture: ends captures with an
-    error, as an operation does that cannot be captured."""
+    """size_bytes: of its memory; integrated: 1 where that is the system's. calls: how often each function was called;
+    refuse_capture: ends captures with an error, as an operation does that cannot be captured."""
 
     CUdevice_attribute = SimpleNamespace(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major",
-                                         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor")  # fmt: skip
+                                         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor",
+                                         CU_DEVICE_ATTRIBUTE_INTEGRATED="integrated")  # fmt: skip
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2)
 
     def __init__(self, capability: tuple[int, int] = (8, 9), size_bytes: int = 1 << 30):
         self.capability, self.size_bytes, self.refuse_capture = capability, size_bytes, False
+        self.integrated = 0
         self.calls: dict[str, int] = {}
         self._blocks: dict[int, np.ndarray] = {}
         self._captured: list[Callable[[], None]] | None = None
@@ -73,7 +75,7 @@ class FakeDriver:
         return (0,)
 
     def cuDeviceGetAttribute(self, which, device):
-        return 0, self.capability[which == "minor"]
+        return 0, {"major": self.capability[0], "minor": self.capability[1], "integrated": self.integrated}[which]
 
     def cuDeviceGetName(self, size, device):
         return 0, b"a fake GPU".ljust(size, b"\0")

@@ -124,6 +124,29 @@ def test_growing_and_cutting_the_cache_changes_no_logits(tiny: Path, tiny_model:
     assert machine.driver.calls["cuStreamBeginCapture"] == 2 and machine.driver.calls["cuGraphLaunch"] == 7
 
 
+@pytest.mark.parametrize("kept", [1, 8])
+def test_conversations_taken_in_turns_do_not_disturb_each_other(tiny_model: Model, machine: Machine, monkeypatch,
+                                                               kept: int) -> None:
+    """Each has graphs of its own, and where too few are kept they are made again."""
+    monkeypatch.setattr("vl2.runtime.engines.session._KEPT_STEPS", kept)
+    ids = [np.random.default_rng(seed).integers(3, 600, 12) for seed in (0, 1)]
+    alone = [walked_over(tiny_model, [row])[0] for row in ids]
+    machine.driver.calls.clear()
+    np.testing.assert_array_equal(walked_over(tiny_model, ids), alone)
+    assert machine.driver.calls.get("cuGraphLaunch", 0) == (0 if kept == 1 else 2 * 7)
+
+
+def walked_over(model: Model, rows: list[np.ndarray]) -> list[list[np.ndarray]]:
+    """Logits of one context a row: prefill of 4 tokens each, then a decode step of each in turn."""
+    contexts, found = [Context(model.engine) for _ in rows], [[] for _ in rows]
+    for context, ids in zip(contexts, rows, strict=True):
+        context.prefill(ids[:4], model.engine.embeddings.lookup(ids[:4]), 512)
+    for place in range(4, 12):
+        for context, ids, logits in zip(contexts, rows, found, strict=True):
+            logits.append(context.decode_step(int(ids[place])))
+    return found
+
+
 def test_steps_without_graphs_and_with_them_are_equal_bit_for_bit(tiny: Path, machine: Machine) -> None:
     with_engines(tiny)
     steps = (("prefill", 20), ("decode", 4))
@@ -181,6 +204,18 @@ def test_a_gpu_with_too_little_memory_is_told_before_anything_is_loaded(tiny: Pa
         open_bundle(tiny, RTX)
     with pytest.raises(VL2Error, match="the GPU gives no"):
         open_bundle(tiny, BundleOptions(check_memory=False)).ask("What?")
+
+
+def test_where_gpu_and_system_share_memory_the_page_cache_counts_as_free(tiny: Path, machine: Machine,
+                                                                        monkeypatch) -> None:
+    """On a Jetson the driver's figure leaves out what the kernel would give back; the system's does not."""
+    with_engines(tiny)
+    machine.driver.size_bytes, machine.driver.integrated = 1000, 1
+    monkeypatch.setattr("vl2.runtime.memory.available_bytes", lambda: 4e9)
+    assert open_bundle(tiny, RTX).engine.backend.cache_memory.available_bytes() == 4e9
+    monkeypatch.setattr("vl2.runtime.memory.available_bytes", lambda: 1e6)
+    with pytest.raises(VL2Error, match="0.00 GB are free"):
+        open_bundle(tiny, RTX)
 
 
 def test_an_engine_that_tensorrt_does_not_take_is_told_with_its_file(tiny: Path, machine: Machine) -> None:
