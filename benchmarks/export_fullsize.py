@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,8 +38,11 @@ print(json.dumps({"stages_s": {name: round(end - start, 1) for name, (start, end
 """
 
 
-def make_checkpoint(folder: Path, variant: str) -> Path:
-    """A checkpoint of the published names and shapes with random bfloat16 numbers; made once, one tensor in memory."""
+def make_checkpoint(folder: Path, variant: str, residual_gain: float = 1.0) -> Path:
+    """A checkpoint of the published names and shapes with random bfloat16 numbers; made once, one tensor in memory.
+
+    residual_gain: of what attention and experts add to the residual stream.
+    """
     import torch
 
     if (folder / "config.json").exists():
@@ -54,10 +58,12 @@ def make_checkpoint(folder: Path, variant: str) -> Path:
     generator = torch.Generator().manual_seed(0)
     with (folder / SHARD).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for shape in shapes.values():
+        for name, shape in shapes.items():
             # unit gain for matrices, ones for norms: activations neither die nor explode
+            gain = residual_gain if re.search(r"language.*\.(o_proj|down_proj)\.", name) else 1.0
+            gain = shape[-1] ** 0.5 if "embed_tokens" in name else gain
             matrix = len(shape) > 1
-            tensor = torch.randn(shape, generator=generator) * shape[-1] ** -0.5 if matrix else torch.ones(shape)
+            tensor = torch.randn(shape, generator=generator) * gain * shape[-1] ** -0.5 if matrix else torch.ones(shape)
             file.write(tensor.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     index = {"metadata": {"total_size": end}, "weight_map": dict.fromkeys(shapes, SHARD)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -11,6 +11,7 @@ import numpy as np
 from vl2.runtime.cores import physical_cores
 
 _COPY_BYTES = 128 << 20
+_READ_BYTES = 1 << 30
 _MATRIX_SIDE = 1024
 _ROUNDS = 3
 
@@ -25,6 +26,14 @@ def copy_bandwidth(threads: int | None = None) -> float:
     target = np.zeros_like(source)
     with ThreadPoolExecutor(threads) as pool:
         return 2 * source.nbytes / _best_seconds(lambda: list(pool.map(np.copyto, target, source)))
+
+
+def read_bandwidth(threads: int | None = None) -> float:
+    """Bytes a second of reading 1 GiB by all physical cores: the best of three rounds."""
+    threads = threads or physical_cores()
+    source = np.ones((threads, _READ_BYTES // threads // 4), np.float32)
+    with ThreadPoolExecutor(threads) as pool:
+        return source.nbytes / _best_seconds(lambda: list(pool.map(np.max, source)))
 
 
 def matrix_rate() -> float:
