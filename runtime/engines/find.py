@@ -51,14 +51,14 @@ def find_engines(folder: Path, manifest: Manifest, backends: Sequence[str]) -> F
         note = "; ".join(f"not {name}: {why.message}" for name, why in reasons)
         return FoundEngines(target, record, trt, device, note)
     told = [f"{name}: {why.message}" if len(reasons) > 1 else why.message for name, why in reasons]
-    raise VL2Error("; ".join(told), reasons[0][1].hint)
+    raise VL2Error(f"no engines of {folder} run here: {'; '.join(told)}", reasons[0][1].hint)
 
 
 def _of_backend(folder: Path, manifest: Manifest, flavour: str) -> tuple[str, EngineRecord, Any, Device]:
     records = {target: record for target, record in manifest.engines.items() if record.backend == flavour}
     if not records:
         held = ", ".join(f"{target} ({record.backend})" for target, record in manifest.engines.items())
-        raise VL2Error(f"{folder} has no engines of {flavour}; it has those for {held}",
+        raise VL2Error(f"there are none of {flavour}, it has those for {held}",
                        f"`vl2 engine {folder} --target local --backend {flavour}` builds them for this machine's GPU")
     trt, device = load_tensorrt(flavour), open_device()
     host = EngineHost(flavour, trt.__version__, device.compute_capability, pack_hash())

@@ -73,7 +73,7 @@ def test_why_faster_engines_were_not_taken_is_said(tiny: Path, machine: Machine)
 
 def test_engines_of_the_other_tensorrt_are_not_taken_in_its_place(tiny: Path, machine: Machine) -> None:
     error = refusal(with_engines(tiny), backend="trt")
-    assert "has no engines of tensorrt; it has those for rtx-4090 (tensorrt-rtx)" in error.message
+    assert "run here: there are none of tensorrt, it has those for rtx-4090 (tensorrt-rtx)" in error.message
     assert "--target local --backend tensorrt`" in error.hint
 
 
@@ -161,7 +161,7 @@ def test_the_command_line_says_which_backend_runs(tiny: Path, machine: Machine, 
 
 
 @pytest.mark.parametrize("flags, told", [
-    (("--backend", "trt"), "has no engines of tensorrt"), (("--backend", "ort-cpu"), "which engines alone run"),
+    (("--backend", "trt"), "there are none of tensorrt"), (("--backend", "ort-cpu"), "which engines alone run"),
     (("--backend", "trt-rtx", "--device", "cpu"), "the device cpu and the backend trt-rtx were asked for"),
 ])  # fmt: skip
 def test_a_backend_that_cannot_work_ends_the_command_with_1_and_a_hint(tiny: Path, machine: Machine, flags: tuple,
