@@ -17,6 +17,7 @@ from vl2.runtime.options import BundleOptions
 _NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 # Of the decoder's profiles (vl2.plugins.tensorrt.engines).
 _DECODE, _PREFILL = 0, 1
+_SIZES = {"context", "prefill_chunk", "tiles"}
 
 
 class EngineBackend(Backend):
@@ -24,6 +25,7 @@ class EngineBackend(Backend):
 
     def __init__(self, folder: Path, manifest: Manifest, found: FoundEngines, options: BundleOptions):
         self._folder, self._manifest, self._found = folder, manifest, found
+        self._check_record()
         sizes = found.record.sizes
         self.limits = Limits(sizes["context"], sizes["prefill_chunk"], sizes["tiles"])
         self.cache_memory = DeviceMemory(found.device)
@@ -44,8 +46,7 @@ class EngineBackend(Backend):
 
     def load(self, graph: str) -> None:
         """As Backend.load: deserializes the engine, and for the decoder copies the weights to the device."""
-        with self._found.device.lock:
-            self._session(graph)
+        self._session(graph)
 
     def run(self, graph: str, feeds: Arrays, results: Arrays) -> None:
         """As Backend.run; a step of one token is a decode step, and replayed."""
@@ -57,11 +58,11 @@ class EngineBackend(Backend):
         session.run(feeds, results, _DECODE if one else _PREFILL, replay=one and self._replay)
 
     def _session(self, graph: str) -> EngineSession:
-        if graph not in self._sessions:
-            with self._found.device.lock:
+        with self._found.device.lock:
+            if graph not in self._sessions:
                 path = self._folder / self._found.record.files[graph]
                 self._sessions[graph] = EngineSession(self._library, path, *self._inputs(graph))
-        return self._sessions[graph]
+            return self._sessions[graph]
 
     def _inputs(self, graph: str) -> tuple[dict[str, int], dict[str, str]]:
         """Addresses of the weights that are inputs, and which outputs are caches written in place."""
@@ -70,6 +71,14 @@ class EngineBackend(Backend):
             return {}, {}
         self._weights = DeviceWeights(self._found.device, self._folder / facts.data_file)
         return self._weights.addresses, {written_name(pair.past): pair.past for pair in facts.cache}
+
+    def _check_record(self) -> None:
+        """Raises VL2Error for a record of engines that is not whole."""
+        record, target = self._found.record, self._found.target
+        missing = sorted((_SIZES - record.sizes.keys()) | (self._manifest.graphs.keys() - record.files.keys()))
+        if missing:
+            raise VL2Error(f"the manifest of {self._folder} says nothing of `{missing[0]}` for the engines of {target}",
+                           f"build them again: `vl2 engine {self._folder} --target {target} --force`")
 
     def _require_memory(self) -> None:
         """Raises VL2Error when weights and engines are more than the device has free."""

@@ -171,6 +171,16 @@ def test_a_backend_that_cannot_work_ends_the_command_with_1_and_a_hint(tiny: Pat
     assert told in written.err and "hint: " in written.err and written.out == ""
 
 
+@pytest.mark.parametrize("change, told", [({"sizes": {"context": 64, "tiles": 1}}, "prefill_chunk"),
+                                          ({"files": {}}, "decoder")])  # fmt: skip
+def test_a_record_that_is_not_whole_is_told(tiny: Path, machine: Machine, change: dict, told: str) -> None:
+    manifest = read_manifest(with_engines(tiny))
+    engines = {name: replace(record, **change) for name, record in manifest.engines.items()}
+    write_manifest(tiny, replace(manifest, engines=engines))
+    error = refusal(tiny)
+    assert f"says nothing of `{told}` for the engines of rtx-4090" in error.message and "--force" in error.hint
+
+
 def test_a_decoder_that_lacks_a_written_cache_is_refused(tiny: Path, machine: Machine) -> None:
     manifest = read_manifest(with_engines(tiny))
     decoder = manifest.graphs["decoder"]
