@@ -16,14 +16,13 @@ A small DeepSeek-VL2 trained from nothing on synthetic documents, in the family'
 It is vl2's demo, integration test and yardstick for quantization; it knows nothing but the pages described below.
 
 ## What it reads
-Text of about 12 to 20 pixels (in canvas pixels, after the image is fitted into its tiles) in DejaVu Sans, on a third
-of the pages bold: single strings, lines, receipts, forms, small tables; bar charts with printed values or (a fifth)
-an axis of up to five ticks; up to six coloured shapes. 15 % of the pages are rotated (up to 2 degrees), 15 % blurred,
-30 % noisy, 10 % light on dark; half of the images are resized by the processor, by up to 1.25. Boxes are as high as a
-line and answered in tens of 999. Words are listed ones or random letters, numbers, codes, dates. Questions are those
-of `nano/questions.py`, in English; ask close to these phrasings, for example "Read the text.", "What is the total?",
-"What is the price of Milk?", "What is the Qty of Rice?", "What is the value of Mar?", "Locate the word Total.", "How
-many circles are there?", "What colour is the square?".
+Text of about 12 to 24 pixels (in canvas pixels, after the image is fitted into its tiles) in DejaVu Sans, DejaVu Sans
+Bold and Pillow's built-in font: single strings, lines, receipts, forms, small tables; bar charts with printed values or
+an axis; up to eight coloured shapes. A fifth of the pages is rotated (up to 3 degrees), a fifth blurred, a third noisy.
+Words are listed ones or random letters, numbers, codes, dates. Questions are those of `nano/questions.py`, in English;
+ask close to these phrasings, for example "Read the text.", "What is the total?", "What is the price of Milk?",
+"What is the Qty of Rice?", "What is the value of Mar?", "Locate the word Total.", "How many circles are there?",
+"What colour is the square?".
 
 ## Scores on the held-out set
 `nano/heldout` (pages of another seed), greedy decoding, exact match (boxes: right label and IoU of at least 0.5), the
@@ -42,7 +41,7 @@ bytes in bfloat16. Tower: {vision[layers]} blocks of width {vision[width]}, tile
 Byte-level tokenizer without merges: answers are spelt byte by byte, question words are single tokens.
 
 ## Training
-{minutes:.0f} minutes on one core of a shared 2-core CPU (AMX, bfloat16), {pages:,} pages in {steps:,} steps,
+{minutes:.0f} minutes on a shared 2-core CPU (AMX, bfloat16, one to two threads), {pages:,} pages in {steps:,} steps,
 `python -m vl2.nano.train --out DIR` (see `docs/` and `nano/train.py` for the stages):
 the tower alone on glyph labels of dense pages, then everything on questions and answers, with glyph labels on the side,
 three attention heads taught to point at what is being read, two to find what the question names, and image tokens

@@ -16,8 +16,7 @@ from vl2.nano.questions import Question, ask, locate
 
 LEADING = 1.45  # line pitch over font size, at least; keeps two lines out of one image token
 FULL_TEXT_LIMIT = 90  # longest transcription asked for, in characters
-# Runs of one case: c and C alone on a page could be either.
-DENSE_RUNS = (string.ascii_lowercase, string.ascii_uppercase, string.digits + ".:-")
+DENSE_CHARACTERS = string.ascii_letters + string.digits + ".:-"
 FIELDS = {
     "Name": lambda rng: words.label(rng, words.NAMES),
     "City": lambda rng: words.label(rng, words.CITIES),
@@ -67,7 +66,7 @@ def line_positions(page: Page, size: float, count: int) -> list[float]:
 def draw_word(page: Page) -> list[Question]:
     """One string, large or small, anywhere."""
     rng = page.rng
-    size = min(rng.choice((rng.uniform(12, 15), rng.uniform(15, 20))), page.height * 0.5)
+    size = min(rng.choice((rng.uniform(12, 15), rng.uniform(15, 24))), page.height * 0.5)
     while True:
         text = words.any_word(rng)
         room = page.width - 2 * MARGIN - page.text_width(text, size)
@@ -81,7 +80,7 @@ def draw_word(page: Page) -> list[Question]:
 
 def draw_lines(page: Page) -> list[Question]:
     """Several lines of one to three strings."""
-    rng, size = page.rng, page.rng.uniform(12, 14)
+    rng, size = page.rng, page.rng.uniform(12, 14.5)
     baselines = line_positions(page, size, rng.randint(1, 9))
     left, room, lines = MARGIN + rng.uniform(0, 8), page.width - 2 * MARGIN - 8, []
     for y in baselines:
@@ -99,24 +98,21 @@ def draw_lines(page: Page) -> list[Question]:
     return questions
 
 
-def dense_run(rng: Random) -> str:
-    """Characters of one case, or a word as on other pages."""
-    if rng.random() < 0.4:
-        return words.any_word(rng)
-    characters = rng.choice(DENSE_RUNS)
-    return "".join(rng.choice(characters) for _ in range(rng.randint(2, 8)))
-
-
 def draw_dense(page: Page) -> list[Question]:
-    """A page full of characters, small and capital letters and digits, for the tower; asked line by line."""
-    rng, size, room = page.rng, page.rng.uniform(12, 14), page.width - 2 * MARGIN
+    """A page full of characters, letters and digits equally often, for the tower; asked line by line."""
+    rng, size = page.rng, page.rng.uniform(12, 14.5)
     lines = []
     for y in line_positions(page, size, 30):
-        text = longer = fitting(page, size, dense_run, room)
-        while page.text_width(longer, size) <= room:
-            text, longer = longer, f"{longer} {dense_run(rng)}"
-        page.text((MARGIN, y), text, size)
-        lines.append(text)
+        text = ""
+        while True:
+            run = "".join(rng.choice(DENSE_CHARACTERS) for _ in range(rng.randint(2, 9)))
+            longer = (text + " " + (run if rng.random() < 0.6 else words.any_word(rng))).strip()
+            if page.text_width(longer, size) > page.width - 2 * MARGIN:
+                break
+            text = longer
+        if text:
+            page.text((MARGIN, y), text, size)
+            lines.append(text)
     return [ask(rng, "line", line, str(i + 1)) for i, line in enumerate(lines)]
 
 
@@ -229,7 +225,7 @@ def locate_words(page: Page) -> list[Question]:
             if seen[word.text] == 1 and len(word.text) > 1]
 
 
-def make_document(rng: Random, kind: str, crop: tuple[int, int], largest_scale: float = 1.25) -> Document:
+def make_document(rng: Random, kind: str, crop: tuple[int, int], largest_scale: float = 1.4) -> Document:
     """A finished document of `kind` whose image is cut into `crop` = (tw, th) local tiles.
 
     `largest_scale` bounds the image's size over the canvas the model sees.

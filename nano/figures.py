@@ -8,14 +8,14 @@ from vl2.nano import words
 from vl2.nano.pages import COLOURS, KINDS, MARGIN, Page
 from vl2.nano.questions import Question, ask
 
-MOST_SHAPES = 6
+MOST_SHAPES = 8
 _BAR_COLOURS = ("red", "green", "blue", "purple", "orange", "black")
 
 
 def draw_chart(page: Page) -> list[Question]:
-    """Vertical bars with names below; values above the bars (80 %) or read off an axis with ticks."""
+    """Vertical bars with names below; values above the bars (70 %) or read off an axis with ticks."""
     rng, size = page.rng, page.rng.uniform(12, 13)
-    labelled = rng.random() < 0.8
+    labelled = rng.random() < 0.7
     left = MARGIN + (0 if labelled else 22)
     room = page.width - MARGIN - left
     count = max(2, min(rng.randint(2, 7), int(room / 32)))
@@ -64,7 +64,7 @@ def _bar_values(page: Page, count: int, labelled: bool) -> tuple[list[str], list
 
 
 def _tick_count(page: Page) -> int:
-    return max(3, min(5, int((page.height - 2 * MARGIN - 30) / 17)))
+    return max(3, min(8, int((page.height - 2 * MARGIN - 30) / 17)))
 
 
 def _draw_axis(page: Page, left: float, base: float, top: float, step: int) -> None:
@@ -77,17 +77,17 @@ def _draw_axis(page: Page, left: float, base: float, top: float, step: int) -> N
 
 
 def draw_shapes(page: Page) -> list[Question]:
-    """One to six shapes of four kinds and seven colours on a jittered grid."""
+    """One to eight shapes of four kinds and seven colours on a jittered grid."""
     rng = page.rng
     cell = rng.uniform(28, 40)
     wide, high = int((page.width - 2 * MARGIN) / cell), int((page.height - 2 * MARGIN) / cell)
     places = [(i, j) for i in range(wide) for j in range(high)]
-    count = min(rng.choice((1, 2, 2, 3, 3, 4, 4, 5, MOST_SHAPES)), len(places))
+    count = min(rng.choice((1, 2, 2, 3, 3, 3, 4, 4, 5, 6, 7, MOST_SHAPES)), len(places))
     few_kinds = rng.sample(KINDS, rng.randint(1, len(KINDS)))
     colours = [c for c in COLOURS if c != "white" and (c != "black" or sum(page.background) > 300)]
     colours = rng.sample(colours, rng.randint(2, len(colours)))
     for i, j in rng.sample(places, count):
-        radius = rng.uniform(0.34, 0.44) * cell
+        radius = rng.uniform(0.3, 0.44) * cell
         slack = cell / 2 - radius
         centre = (MARGIN + (i + 0.5) * cell + rng.uniform(-slack, slack),
                   MARGIN + (j + 0.5) * cell + rng.uniform(-slack, slack))

@@ -22,14 +22,13 @@ from vl2.nano.geometry import CANDIDATES, TILE
 
 Box = tuple[float, float, float, float]
 
-FONTS = ("DejaVuSans", "DejaVuSans", "DejaVuSans-Bold")  # bold on a third of the pages
+FONTS = ("DejaVuSans", "DejaVuSans-Bold", "builtin")  # builtin: Pillow's own
 COLOURS = {
     "red": (214, 39, 40), "green": (34, 150, 60), "blue": (40, 80, 210), "yellow": (235, 205, 30),
     "purple": (140, 60, 180), "orange": (250, 135, 20), "black": (25, 25, 25), "white": (250, 250, 250),
 }
 KINDS = ("circle", "square", "triangle", "star")
-UNSCALED = 0.5  # share of the images that the processor does not resize
-ASCENT, DESCENT = 0.76, 0.24  # of a word's box above and below its baseline, over the font size
+SMALLEST_SCALE = 0.85  # image pixels over canvas pixels; text drawn smaller blurs when it is enlarged
 MARGIN = 5  # canvas pixels; also bounds how far rotation may move a corner
 
 
@@ -44,7 +43,7 @@ class Mark:
 
 @dataclass
 class Word:
-    """A blank-free run of glyphs and its box in image pixels: from first to last ink, as high as its line."""
+    """A blank-free run of glyphs and its ink box in image pixels."""
 
     text: str
     box: Box
@@ -62,6 +61,8 @@ def font_folder() -> Path:
 
 @functools.lru_cache(maxsize=2000)
 def load_font(name: str, size: float) -> ImageFont.FreeTypeFont:
+    if name == "builtin":
+        return ImageFont.load_default(size)
     return ImageFont.truetype(str(font_folder() / f"{name}.ttf"), size, layout_engine=ImageFont.Layout.BASIC)
 
 
@@ -110,13 +111,13 @@ class Page:
             x -= font.getlength(text)
         x, y = round(x), round(y)
         self.draw.text((x, y), text, font=font, fill=self.ink, anchor="ls")
-        top, bottom = y - ASCENT * size * self.unit, y + DESCENT * size * self.unit
+        top = y - 0.75 * size * self.unit
         start = 0
         for part in text.split(" "):
             if part:
                 left = x + font.getlength(text[:start])
                 ink = font.getbbox(part, anchor="ls")
-                self.words.append(Word(part, (left + ink[0], top, left + ink[2], bottom)))
+                self.words.append(Word(part, (left + ink[0], y + ink[1], left + ink[2], y + ink[3])))
                 for character in part:
                     right_edge = left + font.getlength(character)
                     self.marks.append(Mark(character, (left, top, right_edge, y), len(self.words) - 1))
@@ -161,14 +162,14 @@ def jitter(rng: Random, colour: tuple[int, int, int], amount: int) -> tuple[int,
     return red, green, blue
 
 
-def image_size(rng: Random, crop: tuple[int, int], largest_scale: float = 1.25) -> tuple[int, int]:
+def image_size(rng: Random, crop: tuple[int, int], largest_scale: float = 1.4) -> tuple[int, int]:
     """An image size whose best resolution is `crop` tiles, seldom filling its canvas.
 
-    It is 1 to `largest_scale` times the canvas, exactly 1 for the share UNSCALED.
+    It is SMALLEST_SCALE to `largest_scale` times the canvas.
     """
     canvas = TILE * crop[0], TILE * crop[1]
     while True:
-        scale = 1.0 if rng.random() < UNSCALED else rng.uniform(1.0, largest_scale)
+        scale = math.exp(rng.uniform(math.log(SMALLEST_SCALE), math.log(largest_scale)))
         shrink = [1.0, rng.uniform(0.8, 1.0)]
         rng.shuffle(shrink)
         size = round(canvas[0] * scale * shrink[0]), round(canvas[1] * scale * shrink[1])
@@ -176,7 +177,7 @@ def image_size(rng: Random, crop: tuple[int, int], largest_scale: float = 1.25) 
             return size
 
 
-def new_page(rng: Random, crop: tuple[int, int], size: tuple[int, int] | None = None, inverted: float = 0.1) -> Page:
+def new_page(rng: Random, crop: tuple[int, int], size: tuple[int, int] | None = None, inverted: float = 0.12) -> Page:
     """An empty page with random size, colours and font; `inverted` is the share of light-on-dark pages."""
     size = size or image_size(rng, crop)
     unit = 1 / min(TILE * crop[0] / size[0], TILE * crop[1] / size[1])
@@ -189,17 +190,17 @@ def new_page(rng: Random, crop: tuple[int, int], size: tuple[int, int] | None = 
 
 
 def finish(page: Page, disturb: float = 1.0) -> None:
-    """Rotates the page by up to 2 degrees, blurs it and adds noise, each at random; boxes follow the rotation.
+    """Rotates the page by up to 3 degrees, blurs it and adds noise, each at random; boxes follow the rotation.
 
     `disturb` scales the probabilities; 0 leaves the page clean.
     """
     rng = page.rng
-    if rng.random() < 0.15 * disturb:
+    if rng.random() < 0.2 * disturb:
         reach = max(page.width, page.height) / 2
-        _rotate(page, rng.uniform(-1, 1) * min(2.0, math.degrees((MARGIN - 1) / reach)))
-    if rng.random() < 0.15 * disturb:
+        _rotate(page, rng.uniform(-1, 1) * min(3.0, math.degrees((MARGIN - 1) / reach)))
+    if rng.random() < 0.2 * disturb:
         page.image = page.image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.4) * page.unit))
-    if rng.random() < 0.3 * disturb:
+    if rng.random() < 0.35 * disturb:
         pixels = np.asarray(page.image, np.float32) + noise(rng, page.size[::-1]) * rng.uniform(2, 7)
         page.image = Image.fromarray(np.clip(pixels, 0, 255, out=pixels).astype(np.uint8))
 

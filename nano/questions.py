@@ -24,7 +24,6 @@ PHRASINGS = {
     "count": ("How many {} are there?", "How many {} are in the image?"),
     "colour": ("What colour is the {}?", "What is the colour of the {}?"),
 }
-BOX_STEP = 10  # of 1,000, in answers
 # The task each phrasing belongs to in evaluations.
 TASKS = {
     "read": "ocr", "line": "ocr", "field": "key_value", "price": "key_value", "total": "key_value", "shop": "key_value",
@@ -49,19 +48,12 @@ def ask(rng: Random, kind: str, answer: str, *subjects: str) -> Question:
 
 
 def locate(rng: Random, subject: str, boxes: list[Box], size: tuple[int, int], kind: str = "locate") -> Question:
-    """A grounding question whose answer gives `boxes` (image pixels) as integers 0–999 of the image's sides.
-
-    The answer's are rounded to tens, a pixel of a tile: the last digit would teach nothing but noise.
-    """
+    """A grounding question whose answer gives `boxes` (image pixels) as integers 0–999 of the image's sides."""
     scaled = tuple(normalised_box(box, size) for box in boxes)
-    listed = ", ".join(f"[{', '.join(str(_rounded(value)) for value in box)}]" for box in scaled)
+    listed = ", ".join(f"[{', '.join(map(str, box))}]" for box in scaled)
     answer = f"<|ref|>{subject}<|/ref|><|det|>[{listed}]<|/det|>"
     text = rng.choice(PHRASINGS[kind]).format(subject)
     return Question(TASKS[kind], text, answer, scaled)
-
-
-def _rounded(value: int) -> int:
-    return min(round(value / BOX_STEP) * BOX_STEP, 999)
 
 
 def normalised_box(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:

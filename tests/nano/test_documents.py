@@ -44,16 +44,14 @@ def test_every_box_lies_inside_the_image(kind, crop):
                 assert box[0] < box[2] and box[1] < box[3]
 
 
-def test_a_word_s_box_ends_with_its_ink_and_is_as_high_as_its_line():
+def test_a_word_s_box_holds_all_of_its_ink_and_no_more():
     for seed in range(30):
         page = new_page(random.Random(seed), (1, 1))
         page.text((20, 60), "Qjx7", 16)
         box = page.words[0].box
         inked = np.argwhere((np.asarray(page.image) != page.background).any(-1))
         (top, left), (bottom, right) = inked.min(0), inked.max(0) + 1
-        assert np.abs(np.array([left - box[0], right - box[2]])).max() <= 1.5
-        assert box[1] <= top + 1 and bottom - 1 <= box[3]
-        assert box[3] - box[1] == pytest.approx(16 * page.unit)
+        assert np.abs(np.array([left, top, right, bottom]) - box).max() <= 1.5
 
 
 def test_a_location_answer_repeats_its_boxes_in_the_family_s_form():
@@ -62,8 +60,7 @@ def test_a_location_answer_repeats_its_boxes_in_the_family_s_form():
     assert located
     for question in located:
         (box,) = parse(question.answer).boxes
-        answered = np.array([box.x1, box.y1, box.x2, box.y2])
-        assert not (answered[answered < 999] % 10).any() and np.abs(answered - question.boxes[0]).max() <= 5
+        assert (box.x1, box.y1, box.x2, box.y2) == question.boxes[0]
         assert box.label in question.question
 
 
