@@ -48,7 +48,7 @@ def bundles(work: Path, checkpoint: Path) -> list[Peer]:
     for scheme in ("int4", "int8"):
         quantized = work / f"tiny-{scheme}"
         if not quantized.exists():
-            vl2("quantize", checkpoint, "--scheme", scheme, "--head", "int8", "--no-calib", "--method", "rtn",
+            vl2("quantize", checkpoint, "--scheme", scheme, "--head", "int8", "--method", "rtn",
                 "--out", quantized)
         for lowering in ("cpu", "ort"):
             out = work / f"tiny-{scheme}-{lowering}.bundle"
