@@ -26,17 +26,26 @@ from vl2.export.facts import (
     token_ids,
     tool_versions,
 )
-from vl2.export.graphs import declare_graphs
+from vl2.export.graphs import declare_graphs, with_slots
 from vl2.export.passes.store_weights import DataFile, PlacedWeight
 from vl2.export.plan import plan_checkpoint
 from vl2.export.resident import check_memory
 from vl2.export.source_hashes import hashed_in_background
 from vl2.export.staging import Staging, check_place, check_space, open_staging
-from vl2.export.storing import TRT, Storing
+from vl2.export.storing import CPU, TRT, Storing
 from vl2.export.stream import write_weights
 from vl2.export.to_onnx import PACKED_OPSET, build_graph, check_graph
 from vl2.export.verify import verify_bundle
-from vl2.manifest import FileFacts, Graph, Manifest, ModuleFacts, Source, file_facts, write_manifest
+from vl2.manifest import (
+    SCHEMA_VERSION,
+    FileFacts,
+    Graph,
+    Manifest,
+    ModuleFacts,
+    Source,
+    file_facts,
+    write_manifest,
+)
 from vl2.quantization import DESCRIPTION_NAME
 
 # stage, bytes done, bytes in all
@@ -103,6 +112,7 @@ def _write_bundle(job: Job, hashes: Future) -> Manifest:
         tools=tool_versions(PACKED_OPSET) if checkpoint.quantized and not _is_engine(job) else tool_versions(),
         conversion={"underflow": _merged(part.get("underflow", {}) for part in parts.values())},
         verify={"status": "skipped"},
+        schema_version=SCHEMA_VERSION if declared["decoder"].slots else 1,
         lowering=job.storing.lowering,
         mode=job.storing.mode,
         quantization=quantization_facts(checkpoint),
@@ -116,6 +126,8 @@ def _write_bundle(job: Job, hashes: Future) -> Manifest:
 
 def _declared(job: Job) -> dict[str, Graph]:
     graphs = declare_graphs(job.checkpoint.config, job.storing.kv_cache)
+    if job.storing.lowering == CPU:
+        return with_slots(graphs)
     return engine_graphs(graphs) if _is_engine(job) else graphs
 
 

@@ -98,14 +98,14 @@ class Attention(_Plugin):
     def _run(self, *arrays, scale=None, **_):
         *wide, key_cache, value_cache, past_length = arrays
         caches = [torch.from_numpy(key_cache), torch.from_numpy(value_cache)]
-        y = attention(*map(_wide, wide), *caches, torch.tensor(int(past_length)), None, None, scale)
+        y = attention(*map(_wide, wide), *caches, torch.tensor(int(past_length)), None, None, None, scale)
         return _half(y), key_cache, value_cache
 
 
 class LatentAttention(_Plugin):
     def _run(self, *arrays, scale=None, **_):
         *wide, cache, past_length = arrays
-        y = latent_attention(*map(_wide, wide), torch.from_numpy(cache), torch.tensor(int(past_length)), None, scale)
+        y = latent_attention(*map(_wide, wide), torch.from_numpy(cache), torch.tensor(int(past_length)), None, None, scale)
         return _half(y), cache
 
 

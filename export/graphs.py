@@ -13,12 +13,17 @@ Where caches are written in place (lowering `cpu`) the decoder takes inputs_embe
 and whole buffers `key_cache.l`, `value_cache.l` [batch, capacity, kv_heads, head_dim] or `latent_cache.l`
 [batch, capacity, R + dr], float32, float16 or int8, and gives logits only. INT8 buffers have float32 scales as well,
 `key_scale.l`, `value_scale.l` [batch, capacity, kv_heads] or `latent_scale.l` [batch, capacity, 2] (latent, rope key).
+
+The lowering `cpu` takes `past_length` [batch] and `cache_row` [batch] int64: which of the buffers' rows [slots, capacity, …]
+holds each sequence (`with_slots`).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vl2.config import LanguageConfig, ModelConfig
-from vl2.manifest import CachePorts, Graph, Port
+from vl2.manifest import CACHE_ROW, CachePorts, Graph, Port
 
 # Caches that the decoder writes in place: name to element type.
 KV_CACHES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
@@ -74,6 +79,19 @@ def _decoder_in_place(config: ModelConfig, kv_cache: str) -> Graph:
                     for l in range(language.num_hidden_layers) for name, (dtype, shape) in entries.items())
     caches = tuple(CachePorts(buffer.name, None) for buffer in buffers)
     return Graph("decoder.onnx", "decoder.data", (*inputs, *buffers), (_logits(language),), caches)
+
+
+def with_slots(graphs: dict[str, Graph]) -> dict[str, Graph]:
+    """The declared graphs with caches written in place as the `cpu` lowering has them: sequences of unequal length, each
+    in any row of the buffers."""
+    decoder, inputs = graphs["decoder"], []
+    caches = {ports.past for ports in decoder.cache}
+    for port in decoder.inputs:
+        if port.name == "past_length":
+            inputs += [replace(port, shape=("batch",)), Port(CACHE_ROW, "int64", ("batch",))]
+        else:
+            inputs.append(replace(port, shape=("slots", *port.shape[1:])) if port.name in caches else port)
+    return {**graphs, "decoder": replace(decoder, inputs=tuple(inputs))}
 
 
 def _tokens(language: LanguageConfig) -> tuple[Port, Port]:

@@ -55,6 +55,8 @@ class GraphSession:
         """Logits [1, V] and the grown cache, for embeddings [T, H] at positions from `start` on."""
         end = start + len(embeds)
         inputs = [embeds[None], np.arange(start, end)[None]]
+        if self._graph.slots:
+            return self.run([*inputs, np.array([start]), np.array([0]), *cache])[0], cache
         if self._graph.in_place:
             return self.run([*inputs, np.array(start), *cache])[0], cache
         logits, *new = self.run([*inputs, np.ones((1, end), bool), *cache])

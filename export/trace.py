@@ -178,9 +178,10 @@ _MOE = _operator(moe_op.OP_TYPE, moe_op.INPUTS, moe_op.OPTIONAL, moe_op.RULE)
 
 def _attention_operator(op_type: str, inputs: tuple[str, ...]) -> Op:
     """One that writes caches: all inputs float but for these and the length, which are known by their names."""
-    types = {name: "int64" if name == "past_length" else _CACHE if name.endswith("cache") else "float"
+    types = {name: "int64" if name in ("past_length", "cache_row") else _CACHE if name.endswith("cache") else "float"
              for name in inputs}  # fmt: skip
-    return _operator(op_type, types, tuple(name for name in inputs if name.endswith("_scale")), {"scale": float})
+    optional = tuple(name for name in inputs if name.endswith("_scale") or name == "cache_row")
+    return _operator(op_type, types, optional, {"scale": float})
 
 
 _ATTENTIONS = {op.OP_TYPE: _attention_operator(op.OP_TYPE, op.INPUTS) for op in (attention_op, latent_attention_op)}

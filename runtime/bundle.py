@@ -9,7 +9,7 @@ from pathlib import Path
 from vl2.backends import ENGINE_LOWERING
 from vl2.engine_record import written_name
 from vl2.errors import VL2Error
-from vl2.manifest import Manifest, Port, check_files, check_sizes, read_manifest
+from vl2.manifest import CACHE_ROW, Manifest, Port, check_files, check_sizes, read_manifest
 from vl2.prompt import Processor
 from vl2.runtime.choice import choose_backend
 from vl2.runtime.embeddings import Embeddings
@@ -58,7 +58,10 @@ def check_ports(manifest: Manifest) -> None:
     image, language = manifest.image, manifest.language
     side, hidden = image.tile_size, language.hidden_size
     in_place = "decoder" in manifest.graphs and manifest.graphs["decoder"].in_place
+    slots = in_place and manifest.graphs["decoder"].slots
     sight = {"past_length": ("int64", ())} if in_place else {"attention_mask": ("bool", (None, None))}
+    if slots:
+        sight = {"past_length": ("int64", (None,)), CACHE_ROW: ("int64", (None,))}
     expected = {
         ("vision", "inputs"): {"tiles": ("float32", (None, 3, side, side))},
         ("vision", "outputs"): {"image_features": ("float32", (None, image.tokens_per_side ** 2, hidden))},

@@ -15,9 +15,12 @@ from vl2.file_hashes import HashCache, Progress, sha256_of
 from vl2.image import ImageGeometry
 from vl2.json_file import from_json, read_json, to_json
 
-SCHEMA_VERSION = 1
+# The newest that is read. 2: the decoder's caches have slots (`Graph.slots`); all else is as in 1.
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SCALES_SUFFIX = ".scales"
+# The decoder's input that says which rows of the caches hold the sequences of a batch.
+CACHE_ROW = "cache_row"
 _REMEDY = "copy the bundle again, or export it again with --force"
 
 
@@ -83,7 +86,7 @@ class Port:
 class CachePorts:
     """An input that takes past entries and the output that gives the new ones.
 
-    new None: the input is a whole buffer [1, capacity, …], into which the graph writes the new entries itself.
+    new None: the input is a whole buffer [batch or slots, capacity, …], into which the graph writes the new entries itself.
     """
 
     past: str
@@ -104,6 +107,11 @@ class Graph:
     def in_place(self) -> bool:
         """Whether it writes its caches itself."""
         return any(ports.new is None for ports in self.cache)
+
+    @property
+    def slots(self) -> bool:
+        """Whether it takes sequences of unequal lengths in one batch, each from any row of its buffers."""
+        return any(port.name == CACHE_ROW for port in self.inputs)
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,7 @@ class Manifest:
     tools: dict[str, Any]
     conversion: dict[str, Any]
     verify: dict[str, Any]
-    schema_version: int = field(default=SCHEMA_VERSION)
+    schema_version: int = 1
     # Which operators the graphs use; bundles of before these keys have standard ones and floats only.
     lowering: str = "portable"
     quantization: dict | None = None

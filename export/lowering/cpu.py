@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from vl2.export.assemble import TracedGraph
 from vl2.export.lowering.nodes import Scope
-from vl2.export.lowering.portable import Lowering, apply_lowerings, drop_unread, standard_lowerings
+from vl2.export.lowering.portable import apply_lowerings, drop_unread
 from vl2.export.storing import NATIVE, Storing
+from vl2.export.trace import DOMAIN
 from vl2.export.weights import Weight
+from vl2.manifest import CACHE_ROW
+from vl2.plugins.attention import op as attention_op
 from vl2.plugins.experts import moe
+from vl2.plugins.latent_attention import op as latent_attention_op
 from vl2.plugins.native.layout import Layout
 
+# Inputs of the nodes that write caches, in their order.
+ATTENTIONS = {op.OP_TYPE: op.INPUTS for op in (attention_op, latent_attention_op)}
 # Attributes of vl2::Experts that the traced node has under the names of the configuration.
 EXPERTS_RENAMED = {"num_experts_per_tok": "top_k"}
 
@@ -21,11 +28,11 @@ EXPERTS_RENAMED = {"num_experts_per_tok": "top_k"}
 def lower(traced: TracedGraph, storing: Storing) -> TracedGraph:
     """Replaces every node of our domain, in place; the library's nodes read weights as `storing` says they lie."""
     graph, weights = traced.model.graph, dict(traced.weights)
-    lowerings = standard_lowerings(graph, weights)
     read = _Reader(storing, weights)
-    lowerings = {"Linear": LinearLowering(read, lowerings["Linear"]), "MoE": ExpertsLowering(read)}
+    lowerings = {"Linear": LinearLowering(read), "MoE": ExpertsLowering(read)}
     apply_lowerings(graph, lowerings)
     drop_unread(graph, weights)
+    _add_slots(graph)
     return TracedGraph(traced.model, weights)
 
 
@@ -45,20 +52,48 @@ class _Reader:
         return self.storing.parts_of(self.weights[weight.name].parameter)[0].layout
 
 
-class LinearLowering:
-    """`vl2::Linear` with the attributes of its weight's layout, or standard operators where the library has none."""
+def _add_slots(graph: ir.Graph) -> None:
+    """The ports of `vl2.export.graphs.with_slots`, in place: lengths and rows of the caches by sequence."""
+    lengths = next((value for value in graph.inputs if value.name == "past_length"), None)
+    if lengths is None:
+        return
+    lengths.shape = ir.Shape(["batch"])
+    rows = ir.Value(name=CACHE_ROW, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch"]))
+    graph.inputs.insert(graph.inputs.index(lengths) + 1, rows)
+    for node in graph:
+        names = ATTENTIONS.get(node.op_type) if node.domain == DOMAIN else None
+        if names is None:
+            continue
+        for value, name in zip(node.inputs, names, strict=False):
+            if value is not None and name.endswith(("cache", "_scale")):
+                value.shape = ir.Shape(["slots", *value.shape[1:]])
+        node.resize_inputs(len(names))
+        node.replace_input_with(names.index(CACHE_ROW), rows)
 
-    def __init__(self, read: _Reader, standard: Lowering) -> None:
-        self._read, self._standard = read, standard
+
+class LinearLowering:
+    """`vl2::Linear` with the attributes of its weight's layout; the router, whose matrix stays float32, row by row."""
+
+    def __init__(self, read: _Reader) -> None:
+        self._read = read
 
     def __call__(self, scope: Scope, node: ir.Node) -> ir.Value:
         """The value that replaces the node's output; new nodes are added to `scope`."""
         weight = node.inputs[1]
         if not self._read.is_native(weight):
-            return self._standard(scope, node)
+            return _row_by_row(scope, node)
         layout = self._read.layout(weight)
         sizes, mode = {"N": layout.rows, "K": layout.columns}, self._read.storing.mode
         return scope.op("Linear", node.inputs, domain=node.domain, mode=mode, **sizes, **_form("", layout))
+
+
+def _row_by_row(scope: Scope, node: ir.Node) -> ir.Value:
+    """W · x of each row by itself: one product of all rows would give a row other bits with other rows beside it."""
+    x, weight, bias = (*node.inputs, None)[:3]
+    assert bias is None and len(x.shape) == 2, f"{node.name} is not a router's product"
+    last = scope.constant(np.array([-1], np.int64))
+    columns = scope.op("MatMul", [weight, scope.op("Unsqueeze", [x, last])])
+    return scope.op("Squeeze", [columns, last])
 
 
 class ExpertsLowering:

@@ -5,7 +5,7 @@ namespace vl2 {
 namespace attention {
 namespace {
 
-enum Input { kQuery, kKey, kValue, kCos, kSin, kKeyCache, kValueCache, kPast, kKeyScale, kValueScale };
+enum Input { kQuery, kKey, kValue, kCos, kSin, kKeyCache, kValueCache, kPast, kKeyScale, kValueScale, kRow };
 
 struct Attention {
   Isa isa;
@@ -17,7 +17,7 @@ struct Attention {
     return {"Attention",
             {{"query", Type::float32}, {"key", Type::float32}, {"value", Type::float32}, {"cos", Type::float32},
              {"sin", Type::float32}, {"key_cache", Type::any}, {"value_cache", Type::any}, {"past_length", Type::int64},
-             {"key_scale", Type::float32, true}, {"value_scale", Type::float32, true}},
+             {"key_scale", Type::float32, true}, {"value_scale", Type::float32, true}, {"cache_row", Type::int64, true}},
             {{"y", Type::float32}}};
   }
 
@@ -34,14 +34,17 @@ struct Attention {
             "query has " + std::to_string(width) + " columns, expected a multiple of key_cache's " +
                 std::to_string(p.kv_heads) + " heads of " + std::to_string(size));
     p.heads = width / size;
-    check_shape(keys, "key_cache", {p.batch, p.capacity, p.kv_heads, size});
+    const int64_t slots = call.input(kRow) ? keys.shape[0] : p.batch;
+    check_shape(keys, "key_cache", {slots, p.capacity, p.kv_heads, size});
     check_shape(values, "value_cache", keys.shape);
     require(values.type == keys.type, "value_cache and key_cache differ in element type");
-    p.keys = make_cache(keys, call.input(kKeyScale), "key_cache", {p.batch, p.capacity, p.kv_heads});
-    p.values = make_cache(values, call.input(kValueScale), "value_cache", {p.batch, p.capacity, p.kv_heads});
+    p.keys = make_cache(keys, call.input(kKeyScale), "key_cache", {slots, p.capacity, p.kv_heads});
+    p.values = make_cache(values, call.input(kValueScale), "value_cache", {slots, p.capacity, p.kv_heads});
     p.keys.rotary_width = p.values.plain_width = p.value_width = size;
     const std::vector<int64_t> past = past_lengths(call.input(kPast), p.batch, p.tokens, p.capacity);
+    const std::vector<int64_t> rows = cache_rows(call.input(kRow), p.batch, slots);
     p.past = past.data();
+    p.slot = rows.data();
     p.scale = scale;
     take_rows(call, p, size);
     p.output = call.output(0, query.shape).as<float>();

@@ -49,6 +49,18 @@ def starts_of(past_length: Tensor, batch: int, tokens: int, capacity: int) -> li
     return starts
 
 
+def slots_of(cache_row: Tensor | None, batch: int, slots: int) -> list[int]:
+    """The row of the caches of each row of the batch: 0 … batch − 1 unless told. Raises VL2Error where one is not there
+    or is given twice."""
+    rows = list(range(batch)) if cache_row is None else cache_row.tolist()
+    for row in rows:
+        if not 0 <= row < slots:
+            raise VL2Error(f"cache_row is {row}, the cache has {slots} rows", "give a row that is there")
+    if len(set(rows)) < len(rows):
+        raise VL2Error(f"cache_row is {rows}, which has a row twice", "give each sequence a row of its own")
+    return rows
+
+
 def causal_softmax(scores: Tensor) -> Tensor:
     """Weights of scores [heads, T, P + T]: query t sees the keys up to P + t; softmax in float32."""
     tokens, total = scores.shape[1:]

@@ -27,7 +27,7 @@ struct Rows {
   int64_t width() const { return plain_width + rotary_width; }
 };
 
-// data [batch, capacity, kv_heads, plain_width + rotary_width]; scales [batch, capacity, kv_heads, parts] for INT8,
+// data [slots, capacity, kv_heads, plain_width + rotary_width]; scales [slots, capacity, kv_heads, parts] for INT8,
 // one for each part of the row that has a width: value = code * scale.
 struct Cache {
   void* data;
@@ -50,6 +50,7 @@ struct Problem {
   Cache keys, values;
   int64_t value_width;
   const int64_t* past;  // [batch]
+  const int64_t* slot;  // [batch]: the row of the caches, each another one
   float scale;
   float* output;
   Strides output_strides;

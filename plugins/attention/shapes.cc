@@ -1,5 +1,7 @@
 #include "attention/shapes.h"
 
+#include <numeric>
+
 namespace vl2 {
 namespace attention {
 
@@ -56,6 +58,50 @@ std::vector<int64_t> past_lengths(const Tensor& past, int64_t batch, int64_t tok
   return lengths;
 }
 
+std::vector<int64_t> cache_rows(const Tensor& rows, int64_t batch, int64_t slots) {
+  std::vector<int64_t> found(static_cast<size_t>(batch));
+  std::iota(found.begin(), found.end(), 0);
+  if (!rows) return found;
+  check_shape(rows, "cache_row", {batch});
+  std::vector<char> taken(static_cast<size_t>(slots));
+  for (size_t b = 0; b < found.size(); ++b) {
+    found[b] = rows.as<int64_t>()[b];
+    require(found[b] >= 0 && found[b] < slots, "cache_row is " + std::to_string(found[b]) + ", but the cache has " +
+                                                   std::to_string(slots) + " rows");
+    require(!taken[static_cast<size_t>(found[b])]++, "cache_row has " + std::to_string(found[b]) + " twice");
+  }
+  return found;
+}
+
+namespace {
+
+void shift(Rows& rows, int64_t b) {
+  if (rows.plain) rows.plain += b * rows.plain_strides.batch;
+  if (rows.rotary) rows.rotary += b * rows.rotary_strides.batch;
+}
+
+void shift(Cache& cache, int64_t rows) {
+  if (!cache.data) return;
+  cache.data = static_cast<char*>(cache.data) + rows * cache.width() * cache.element_size();
+  if (cache.scales) cache.scales += rows * cache.parts();
+}
+
+// Batch entry b as a problem of its own.
+Problem entry_of(const Problem& whole, int64_t b) {
+  Problem p = whole;
+  p.batch = 1;
+  for (Rows* rows : {&p.query, &p.new_keys, &p.new_values}) shift(*rows, b);
+  for (Cache* cache : {&p.keys, &p.values}) shift(*cache, whole.slot[b] * p.capacity * p.kv_heads);
+  p.cos += b * p.tokens * p.query.rotary_width;
+  p.sin += b * p.tokens * p.query.rotary_width;
+  p.past += b;
+  p.slot += b;
+  p.output += b * p.output_strides.batch;
+  return p;
+}
+
+}  // namespace
+
 void run(const Problem& problem, Isa isa, const Parallel& parallel) {
   bool (*attend)(const Problem&, const Parallel&) = attend_scalar;
   switch (isa) {
@@ -70,7 +116,7 @@ void run(const Problem& problem, Isa isa, const Parallel& parallel) {
 #endif
     default: break;
   }
-  require(attend(problem, parallel), "out of memory");
+  for (int64_t b = 0; b < problem.batch; ++b) require(attend(entry_of(problem, b), parallel), "out of memory");
 }
 
 }  // namespace attention

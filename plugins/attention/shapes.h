@@ -22,7 +22,10 @@ Cache make_cache(const Tensor& data, const Tensor& scale, const char* name, cons
 // Past lengths of each batch entry, checked against the capacity.
 std::vector<int64_t> past_lengths(const Tensor& past, int64_t batch, int64_t tokens, int64_t capacity);
 
-// Runs the problem with the kernel of `isa`.
+// The row of the caches of each batch entry: `rows` checked, or 0 … batch − 1 where it is absent.
+std::vector<int64_t> cache_rows(const Tensor& rows, int64_t batch, int64_t slots);
+
+// Runs the problem with the kernel of `isa`, each batch entry as if it were alone: no bit depends on the others.
 void run(const Problem& problem, Isa isa, const Parallel& parallel);
 
 }  // namespace attention

@@ -40,7 +40,7 @@ void prepare(const Device& d, const Matrix& m, Rows& rows) {
                          for (size_t i = 0; i < count; ++i) task(data, i);
                        }};
   if (rounded(d, m)) rows.round(d.kernels, alone);
-  else if (rows.rows() == 1 && rounds(d.kernels, m)) rows.split(d.kernels);
+  else if (rows.rows() <= FEW_ROWS && rounds(d.kernels, m)) rows.split(d.kernels);
 }
 
 // Rows of x in the order of the unit's tokens; x itself where that is the same.

@@ -5,7 +5,7 @@ namespace vl2 {
 namespace attention {
 namespace {
 
-enum Input { kQuery, kQueryRope, kLatent, kKeyRope, kCos, kSin, kCache, kPast, kScale };
+enum Input { kQuery, kQueryRope, kLatent, kKeyRope, kCos, kSin, kCache, kPast, kScale, kRow };
 
 struct LatentAttention {
   Isa isa;
@@ -17,7 +17,8 @@ struct LatentAttention {
     return {"LatentAttention",
             {{"query", Type::float32}, {"query_rope", Type::float32}, {"latent", Type::float32},
              {"key_rope", Type::float32}, {"cos", Type::float32}, {"sin", Type::float32}, {"cache", Type::any},
-             {"past_length", Type::int64}, {"cache_scale", Type::float32, true}},
+             {"past_length", Type::int64}, {"cache_scale", Type::float32, true},
+             {"cache_row", Type::int64, true}},
             {{"y", Type::float32}}};
   }
 
@@ -32,12 +33,15 @@ struct LatentAttention {
     require(rotary > 0 && rotary % 2 == 0, "key_rope has " + std::to_string(rotary) + " columns, expected an even number");
     p.kv_heads = 1;
     p.capacity = side(cache, "cache", 3, 1);
-    check_shape(cache, "cache", {p.batch, p.capacity, rank + rotary});
-    p.keys = make_cache(cache, call.input(kScale), "cache", {p.batch, p.capacity, 2});
+    const int64_t slots = call.input(kRow) ? cache.shape[0] : p.batch;
+    check_shape(cache, "cache", {slots, p.capacity, rank + rotary});
+    p.keys = make_cache(cache, call.input(kScale), "cache", {slots, p.capacity, 2});
     p.keys.plain_width = p.value_width = rank;
     p.keys.rotary_width = rotary;
     const std::vector<int64_t> past = past_lengths(call.input(kPast), p.batch, p.tokens, p.capacity);
+    const std::vector<int64_t> rows = cache_rows(call.input(kRow), p.batch, slots);
     p.past = past.data();
+    p.slot = rows.data();
     p.scale = scale;
     take_rows(call, p, rank, rotary);
     p.output = call.output(0, query.shape).as<float>();

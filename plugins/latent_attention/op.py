@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from vl2.model.attention import LatentAttention, Rope
 from vl2.model.rope import apply_rope, deinterleave
-from vl2.plugins.attention.cache import causal_softmax, read_rows, starts_of, write_rows
+from vl2.plugins.attention.cache import causal_softmax, read_rows, slots_of, starts_of, write_rows
 from vl2.plugins.attention.node import attention_node
 
 OP_TYPE = "LatentAttention"
-# The node's inputs in the order of the signature below; cache_scale is left out where there is none.
-INPUTS = ("query", "query_rope", "latent", "key_rope", "cos", "sin", "cache", "past_length", "cache_scale")
+# The node's inputs in the order of the signature below; those without a tensor are left out.
+INPUTS = ("query", "query_rope", "latent", "key_rope", "cos", "sin", "cache", "past_length", "cache_scale", "cache_row")
 
 
 @torch.library.custom_op("vl2::latent_attention", mutates_args=("cache", "cache_scale"))
@@ -30,23 +30,27 @@ def latent_attention(  # noqa: PLR0913  (an operator takes tensors and numbers, 
     cache: Tensor,
     past_length: Tensor,
     cache_scale: Tensor | None,
+    cache_row: Tensor | None,
     scale: float,
 ) -> Tensor:
     """softmax(scale · (query · latentsᵀ + rotated query_rope · rope keysᵀ)) · latents, causal; writes the new rows.
 
     query: float32 [B, heads, T, R], q_nope · W_k; query_rope: [B, T, heads, E] and key_rope: [B, T, E], interleaved and
-    not rotated; latent: [B, T, R], normalised; cos, sin: [B, T, E]; cache: float32, float16 or int8 [B, C, R + E];
-    past_length: int64, a scalar or [B]; cache_scale: float32 [B, C, 2] (latent, rope key) for int8, else None.
-    Returns [B, heads, T, R], to be multiplied by W_vᵀ. Raises VL2Error where the new rows do not fit.
+    not rotated; latent: [B, T, R], normalised; cos, sin: [B, T, E]; cache: float32, float16 or int8 [S, C, R + E];
+    past_length: int64, a scalar or [B]; cache_scale: float32 [S, C, 2] (latent, rope key) for int8, else None;
+    cache_row: int64 [B], where each sequence lies in the cache, None for 0 … B − 1.
+    Returns [B, heads, T, R], to be multiplied by W_vᵀ. Raises VL2Error as `vl2::attention` does.
     """
     rank, tokens = latent.shape[-1], latent.shape[1]
     turned = apply_rope(deinterleave(query_rope), cos, sin).transpose(1, 2)
     key = apply_rope(deinterleave(key_rope)[:, :, None], cos, sin)[:, :, 0]
     y = torch.empty_like(query)
+    slots = slots_of(cache_row, len(query), len(cache))
     for b, start in enumerate(starts_of(past_length, len(query), tokens, cache.shape[1])):
         parts = []
         for index, (part, rows) in enumerate(((slice(rank), latent), (slice(rank, None), key))):
-            held, scales = cache[b, :, part], None if cache_scale is None else cache_scale[b, :, index]
+            row = slots[b]
+            held, scales = cache[row, :, part], None if cache_scale is None else cache_scale[row, :, index]
             write_rows(held, scales, start, rows[b])
             parts.append(read_rows(held, scales, start + tokens))
         weights = causal_softmax((query[b] @ parts[0].T + turned[b] @ parts[1].T) * scale)

@@ -14,7 +14,7 @@ constexpr size_t FEWEST_TASKS = 64;
 // Panels of a task: pairs, as the widest kernels take two.
 size_t panels_a_task(const Matrix& m, size_t rows) {
   const size_t blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
-  const size_t most = rows == 1 ? DECODE_TASK_BYTES / m.panel_bytes : std::min(TASK_PANELS, m.panels * blocks / FEWEST_TASKS);
+  const size_t most = rows <= FEW_ROWS ? DECODE_TASK_BYTES / m.panel_bytes : std::min(TASK_PANELS, m.panels * blocks / FEWEST_TASKS);
   return std::max<size_t>(2, most / 2 * 2);
 }
 
@@ -47,7 +47,7 @@ class Linear {
     Rows input(x.as<const float>(), m.columns, {int64_t(rows), int64_t(m.columns)}, !fast_);
     const Parallel parallel = call.parallel();
     if (fast_) input.round(kernels_, parallel);
-    else if (rows == 1 && rounds(kernels_, m)) input.split(kernels_);
+    else if (rows <= FEW_ROWS && rounds(kernels_, m)) input.split(kernels_);
     const size_t width = panels_a_task(m, rows), stripes = (m.panels + width - 1) / width;
     parallel_for(parallel, stripes * ((rows + ROW_BLOCK - 1) / ROW_BLOCK), [&](size_t task) {
       const size_t first = task % stripes * width, row = task / stripes * ROW_BLOCK;

@@ -67,11 +67,11 @@ void quantize(const float* x, size_t columns, const Activations& a, size_t row) 
   }
 }
 
-void split(const float* x, size_t columns, const Activations& a) {
+void split(const float* x, size_t columns, const Activations& a, size_t place) {
   for (size_t chunk = 0; chunk < a.chunks; ++chunk) {
     float rest[CHUNK];
     copy_chunk(x, columns, chunk, rest);
-    for (size_t row = 0; row < SPLIT_ROWS; ++row) {
+    for (size_t row = place * SPLIT_ROWS; row < (place + 1) * SPLIT_ROWS; ++row) {
       quantize_into(rest, a, row, chunk);
       const float scale = a.scales[row * a.chunks + chunk];
       const int8_t* codes = a.codes + row * a.columns + chunk * CHUNK;

@@ -14,6 +14,9 @@ constexpr size_t PANEL_ROWS = 16;
 constexpr size_t CHUNK = 32;
 // Rounded rows that together are one row of floats.
 constexpr int SPLIT_ROWS = 3;
+// Up to so many rows each is computed as if it were alone, with the same bits: the rows of a decode step do not depend on
+// who else is in the batch.
+constexpr size_t FEW_ROWS = 8;
 
 // A matrix [rows, columns] as it lies; layout.py describes the bytes.
 struct Matrix {
@@ -64,11 +67,11 @@ struct Kernels {
   void (*fast)(const Matrix&, Panels, const Activations&, size_t first_row, size_t rows, Output);
   // Rounds a row of `columns` floats into row `row`.
   void (*quantize)(const float* x, size_t columns, const Activations&, size_t row);
-  // Writes one row as the sum of three rounded ones: each rounds what the one before left, in all to 2⁻²⁴ of a chunk's
-  // largest number, the precision of float32.
-  void (*split)(const float* x, size_t columns, const Activations&);
-  // out = x · Wᵀ for a row that `split` wrote.
-  void (*split_row)(const Matrix&, Panels, const Activations&, Output);
+  // Writes row `row` as the sum of three rounded ones, from SPLIT_ROWS · row on: each rounds what the one before left, in
+  // all to 2⁻²⁴ of a chunk's largest number, the precision of float32.
+  void (*split)(const float* x, size_t columns, const Activations&, size_t row);
+  // out = x · Wᵀ for rows that `split` wrote, beginning at the row `first_row`.
+  void (*split_rows)(const Matrix&, Panels, const Activations&, size_t first_row, size_t rows, Output);
   // out[i] = silu(gate[i]) · up[i] for panels of 16 gates, 16 ups; pairs: [rows, 32 · pairs], a row every `stride`.
   void (*swiglu)(const float* pairs, size_t stride, size_t rows, size_t pair_count, Output);
   // y += weight · x over `count` floats, a multiple of 16.

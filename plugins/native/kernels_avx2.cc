@@ -15,7 +15,7 @@ namespace {
 }  // namespace
 
 extern const Kernels kernels_avx2;
-const Kernels kernels_avx2{Isa::avx2, FAST_SCHEMES, exact, fast, quantize, split, split_row, swiglu, accumulate};
+const Kernels kernels_avx2{Isa::avx2, FAST_SCHEMES, exact, fast, quantize, split, split_rows, swiglu, accumulate};
 
 }  // namespace vl2
 

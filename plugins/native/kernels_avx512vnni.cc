@@ -15,7 +15,7 @@ namespace {
 }  // namespace
 
 extern const Kernels kernels_avx512vnni;
-const Kernels kernels_avx512vnni{Isa::avx512vnni, FAST_SCHEMES, exact, fast, quantize, split, split_row, swiglu, accumulate};
+const Kernels kernels_avx512vnni{Isa::avx512vnni, FAST_SCHEMES, exact, fast, quantize, split, split_rows, swiglu, accumulate};
 
 }  // namespace vl2
 

@@ -15,7 +15,7 @@ namespace {
 }  // namespace
 
 extern const Kernels kernels_dotprod;
-const Kernels kernels_dotprod{Isa::dotprod, FAST_SCHEMES, exact, fast, quantize, split, split_row, swiglu, accumulate};
+const Kernels kernels_dotprod{Isa::dotprod, FAST_SCHEMES, exact, fast, quantize, split, split_rows, swiglu, accumulate};
 
 }  // namespace vl2
 

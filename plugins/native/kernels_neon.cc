@@ -13,7 +13,7 @@ namespace {
 }  // namespace
 
 extern const Kernels kernels_neon;
-const Kernels kernels_neon{Isa::neon, FAST_SCHEMES, exact, fast, quantize, split, split_row, swiglu, accumulate};
+const Kernels kernels_neon{Isa::neon, FAST_SCHEMES, exact, fast, quantize, split, split_rows, swiglu, accumulate};
 
 }  // namespace vl2
 #endif

@@ -9,6 +9,6 @@ namespace {
 }  // namespace
 
 extern const Kernels kernels_scalar;
-const Kernels kernels_scalar{Isa::scalar, FAST_SCHEMES, exact, fast, quantize, split, split_row, swiglu, accumulate};
+const Kernels kernels_scalar{Isa::scalar, FAST_SCHEMES, exact, fast, quantize, split, split_rows, swiglu, accumulate};
 
 }  // namespace vl2

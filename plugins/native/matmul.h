@@ -35,26 +35,30 @@ inline size_t end_of_group(const Matrix& m, size_t group) {
   return group + 1 >= m.groups ? m.padded_columns : (group + 1) * m.group_columns;
 }
 
-// One panel times one row.
-template <Scheme S>
-inline Floats panel_times_row(const Matrix& m, size_t panel, const float* x) {
+// One panel times R rows, each as if it were alone.
+template <Scheme S, int R>
+inline void panel_times_rows(const Matrix& m, size_t panel, const float* x, size_t stride, Floats (&totals)[R]) {
   const uint8_t* codes = m.panel(panel) + m.scale_bytes;
-  Floats total = zero();
+  for (int r = 0; r < R; ++r) totals[r] = zero();
   size_t k = 0;
   for (size_t group = 0; k < m.padded_columns; ++group) {
     // four sums hide the latency of the additions
-    Floats sums[4] = {zero(), zero(), zero(), zero()};
+    Floats sums[R][4];
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < 4; ++i) sums[r][i] = zero();
     for (const size_t end = end_of_group(m, group); k < end; k += 8, codes += bytes_of_eight(S)) {
       for (size_t line = 0; line < bytes_of_eight(S); line += 64) __builtin_prefetch(codes + PREFETCH_BYTES + line);
       Floats w[8];
       eight<S>(codes, w);
-      for (int i = 0; i < 8; ++i) sums[i % 4] = fma(broadcast(x[k + i]), w[i], sums[i % 4]);
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < 8; ++i) sums[r][i % 4] = fma(broadcast(x[r * stride + k + i]), w[i], sums[r][i % 4]);
     }
-    const Floats sum = add(add(sums[0], sums[1]), add(sums[2], sums[3]));
-    if constexpr (quantized(S)) total = fma(sum, scale_of(m, panel, group), total);
-    else total = sum;
+    for (int r = 0; r < R; ++r) {
+      const Floats sum = add(add(sums[r][0], sums[r][1]), add(sums[r][2], sums[r][3]));
+      if constexpr (quantized(S)) totals[r] = fma(sum, scale_of(m, panel, group), totals[r]);
+      else totals[r] = sum;
+    }
   }
-  return total;
 }
 
 // Columns k … end of a panel as floats, 16 a column, a column every `width` floats.
@@ -120,13 +124,22 @@ inline void exact_panels(const Matrix& m, size_t panel, const float* x, size_t s
 }
 
 template <Scheme S>
-inline void exact_as(const Matrix& m, Panels panels, const float* x, size_t stride, size_t rows, Output out) {
-  size_t done = 0;
-  if (rows == 1) {
-    for (; done < panels.count; ++done)
-      store(out.data + done * PANEL_ROWS, panel_times_row<S>(m, panels.first + done, x));
-    return;
+inline void few_rows(const Matrix& m, Panels panels, const float* x, size_t stride, size_t rows, Output out) {
+  for (size_t panel = 0; panel < panels.count; ++panel) {
+    const auto body = [&](size_t row, auto count) {
+      Floats totals[decltype(count)::value];
+      panel_times_rows<S, decltype(count)::value>(m, panels.first + panel, x + row * stride, stride, totals);
+      for (int r = 0; r < decltype(count)::value; ++r) store(out.data + (row + r) * out.stride + panel * PANEL_ROWS, totals[r]);
+    };
+    if constexpr (TILE_ROWS == 12) by_tiles<4, 2, 1>(0, rows, body);
+    else by_tiles<1>(0, rows, body);
   }
+}
+
+template <Scheme S>
+inline void exact_as(const Matrix& m, Panels panels, const float* x, size_t stride, size_t rows, Output out) {
+  if (rows <= FEW_ROWS) return few_rows<S>(m, panels, x, stride, rows, out);
+  size_t done = 0;
   for (; done + TILE_PANELS <= panels.count; done += TILE_PANELS)
     exact_panels<S, TILE_PANELS>(m, panels.first + done, x, stride, rows, {out.data + done * PANEL_ROWS, out.stride});
   for (; done < panels.count; ++done)
@@ -187,13 +200,26 @@ inline void fast_panel(const Matrix& m, size_t panel, const Activations& a, size
   for (int r = 0; r < R; ++r) store(out.data + r * out.stride, totals[r]);
 }
 
-template <Scheme S>
-inline void split_row_as(const Matrix& m, Panels panels, const Activations& a, Output out) {
-  for (size_t panel = 0; panel < panels.count; ++panel) {
-    Floats totals[SPLIT_ROWS];
-    rounded_sums<S, SPLIT_ROWS>(m, panels.first + panel, a, 0, totals);
+template <Scheme S, int R>
+inline void split_panel(const Matrix& m, size_t panel, const Activations& a, size_t row, Output out) {
+  Floats totals[R * SPLIT_ROWS];
+  rounded_sums<S, R * SPLIT_ROWS>(m, panel, a, row * SPLIT_ROWS, totals);
+  for (int r = 0; r < R; ++r) {
+    const Floats* parts = totals + r * SPLIT_ROWS;
     // the smallest part first
-    store(out.data + panel * PANEL_ROWS, add(totals[0], add(totals[1], totals[2])));
+    store(out.data + r * out.stride, add(parts[0], add(parts[1], parts[2])));
+  }
+}
+
+template <Scheme S>
+inline void split_as(const Matrix& m, Panels panels, const Activations& a, size_t first_row, size_t rows, Output out) {
+  for (size_t panel = 0; panel < panels.count; ++panel) {
+    const auto body = [&](size_t row, auto count) {
+      const Output place{out.data + row * out.stride + panel * PANEL_ROWS, out.stride};
+      split_panel<S, decltype(count)::value>(m, panels.first + panel, a, first_row + row, place);
+    };
+    if constexpr (FAST_ROWS == 8) by_tiles<2, 1>(0, rows, body);
+    else by_tiles<1>(0, rows, body);
   }
 }
 
@@ -216,8 +242,8 @@ void fast(const Matrix& m, Panels panels, const Activations& a, size_t first_row
   if constexpr ((FAST_SCHEMES >> int(Scheme::int8) & 1) != 0) fast_as<Scheme::int8>(m, panels, a, first_row, rows, out);
 }
 
-void split_row(const Matrix& m, Panels panels, const Activations& a, Output out) {
+void split_rows(const Matrix& m, Panels panels, const Activations& a, size_t first_row, size_t rows, Output out) {
   if constexpr ((FAST_SCHEMES >> int(Scheme::int4) & 1) != 0)
-    if (m.scheme == Scheme::int4) return split_row_as<Scheme::int4>(m, panels, a, out);
-  if constexpr ((FAST_SCHEMES >> int(Scheme::int8) & 1) != 0) split_row_as<Scheme::int8>(m, panels, a, out);
+    if (m.scheme == Scheme::int4) return split_as<Scheme::int4>(m, panels, a, first_row, rows, out);
+  if constexpr ((FAST_SCHEMES >> int(Scheme::int8) & 1) != 0) split_as<Scheme::int8>(m, panels, a, first_row, rows, out);
 }

@@ -94,8 +94,8 @@ void Rows::allocate(size_t rows) {
 }
 
 void Rows::split(const Kernels& kernels) {
-  allocate(SPLIT_ROWS);
-  kernels.split(source_, columns_, activations_);
+  allocate(SPLIT_ROWS * rows_);
+  for (size_t row = 0; row < rows_; ++row) kernels.split(source_ + row * source_stride_, columns_, activations_, row);
   split_ = true;
 }
 
@@ -111,7 +111,7 @@ void Rows::round(const Kernels& kernels, const Parallel& parallel) {
 
 void Rows::multiply(const Kernels& kernels, const Matrix& m, Panels panels, size_t first, size_t count, Output out) const {
   if (rounded_ && rounds(kernels, m)) kernels.fast(m, panels, activations_, first, count, out);
-  else if (split_ && rounds(kernels, m)) kernels.split_row(m, panels, activations_, out);
+  else if (split_ && rounds(kernels, m)) kernels.split_rows(m, panels, activations_, first, count, out);
   else kernels.exact(m, panels, x_ + first * stride_, stride_, count, out);
 }
 

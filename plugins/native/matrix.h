@@ -41,8 +41,8 @@ class Rows {
   Rows(const float* x, size_t stride, Shape shape, bool floats);
   // Rounds all rows; to be called before `multiply` with a matrix that `rounds`.
   void round(const Kernels& kernels, const Parallel& parallel);
-  // Splits a single row, which `multiply` takes in place of the floats for a matrix that `rounds`: exact, and a third of
-  // the work, so that a decode step is bound by memory.
+  // Splits at most FEW_ROWS rows, which `multiply` takes in place of the floats for a matrix that `rounds`: exact, and a
+  // third of the work, so that a decode step is bound by memory.
   void split(const Kernels& kernels);
   // out = rows first … first + count times panels of the matrix, at most ROW_BLOCK rows.
   void multiply(const Kernels& kernels, const Matrix& m, Panels panels, size_t first, size_t count, Output out) const;

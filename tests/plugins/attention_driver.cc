@@ -107,6 +107,7 @@ double try_case(const Case& c, CacheType type, Isa isa) {
   const auto y = random_floats(c.tokens * c.heads * c.width());
   const bool latent = c.rank > 0;
   Held keys(c, type, c.rank, c.rotary), values(c, type, c.rotary, 0);
+  const int64_t slot = 0;
   Problem p{};
   p.batch = 1, p.tokens = c.tokens, p.heads = c.heads, p.kv_heads = c.kv_heads, p.capacity = c.past + c.tokens;
   p.query = {q.get(), c.rank, {0, c.rank, c.tokens * c.rank}, rope.get(), c.rotary, {0, c.heads * c.rotary, c.rotary}, latent};
@@ -114,7 +115,7 @@ double try_case(const Case& c, CacheType type, Isa isa) {
   p.new_values = {v.get(), c.rotary, {0, c.kv_heads * c.rotary, c.rotary}, nullptr, 0, {}, false};
   p.keys = keys.cache, p.value_width = latent ? c.rank : c.rotary;
   if (!latent) p.values = values.cache;
-  p.cos = cos.get(), p.sin = sin.get(), p.past = &c.past, p.scale = 0.3f, p.output = y.get();
+  p.cos = cos.get(), p.sin = sin.get(), p.past = &c.past, p.slot = &slot, p.scale = 0.3f, p.output = y.get();
   p.output_strides = latent ? p.query.plain_strides : p.query.rotary_strides;
   run(p, isa, {nullptr, inline_run});
   return largest_error(p, c, keys, latent ? keys : values);

@@ -66,7 +66,7 @@ class Arguments:
     def caches(self) -> dict[str, Tensor]:
         """What a call writes."""
         return {name: tensor for name, tensor in self.tensors.items()
-                if tensor is not None and ("cache" in name or name in ("key_scale", "value_scale"))}
+                if tensor is not None and name.endswith(("cache", "_scale"))}
 
 
 def angles(sizes: Sizes, width: int) -> tuple[Tensor, Tensor]:
@@ -116,12 +116,12 @@ def arguments(sizes: Sizes, dtype: torch.dtype = torch.float32, seed: int = 0) -
     if sizes.rank:
         rows = (draw(batch, heads, tokens, sizes.rank), draw(batch, tokens, heads, sizes.rope),
                 draw(batch, tokens, sizes.rank), draw(batch, tokens, sizes.rope))
-        tensors = (*rows, *angles(sizes, sizes.rope), cache(sizes.rank + sizes.rope), past, scale(2))
+        tensors = (*rows, *angles(sizes, sizes.rope), cache(sizes.rank + sizes.rope), past, scale(2), None)
         return Arguments(latent, dict(zip(latent.INPUTS, tensors, strict=True)), (sizes.rank / 4 + sizes.rope) ** -0.5)
     width = sizes.kv_heads * sizes.size
     rows = (draw(batch, tokens, heads * sizes.size), draw(batch, tokens, width), draw(batch, tokens, width))
     caches = [cache(sizes.kv_heads, sizes.size) for _ in range(2)]
-    tensors = (*rows, *angles(sizes, sizes.size), *caches, past, scale(sizes.kv_heads), scale(sizes.kv_heads))
+    tensors = (*rows, *angles(sizes, sizes.size), *caches, past, scale(sizes.kv_heads), scale(sizes.kv_heads), None)
     return Arguments(plain, dict(zip(plain.INPUTS, tensors, strict=True)), sizes.size**-0.5)
 
 
@@ -134,7 +134,8 @@ def reference(call: Arguments) -> Tensor:
 def run(call: Arguments, isa: str = "", threads: int = 1) -> Tensor:
     """The node in onnxruntime; writes the caches of `call`."""
     fed = {name: tensor for name, tensor in call.tensors.items() if tensor is not None}
-    ports = tuple((name, _ONNX[tensor.dtype], tensor.dim()) for name, tensor in fed.items())
+    ports = tuple((name, _ONNX[tensor.dtype], tensor.dim()) if name in fed else ("", 0, 0)
+                  for name, tensor in call.tensors.items())
     session = _session(call.module.OP_TYPE, ports, call.scale, (isa, threads))
     return torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in fed.items()})[0])
 
@@ -142,7 +143,7 @@ def run(call: Arguments, isa: str = "", threads: int = 1) -> Tensor:
 @functools.cache
 def _session(op_type: str, ports: tuple, scale: float, how: tuple[str, int]):
     node = helper.make_node(op_type, [name for name, _, _ in ports], ["y"], domain="vl2", scale=scale)
-    inputs = [helper.make_tensor_value_info(name, kind, [None] * rank) for name, kind, rank in ports]
+    inputs = [helper.make_tensor_value_info(name, kind, [None] * rank) for name, kind, rank in ports if name]
     graph = helper.make_graph([node], "one", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("vl2", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)

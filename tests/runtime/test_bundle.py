@@ -93,8 +93,8 @@ def test_hashes_are_skipped_only_when_asked_and_sizes_never(bundle: Path, no_wei
 
 
 def test_a_newer_schema_is_refused(bundle: Path, no_weight_is_read: list) -> None:
-    edit(bundle, lambda content: content.update(schema_version=2))
-    assert "this vl2 reads up to 1" in refusal(bundle, no_weight_is_read).message
+    edit(bundle, lambda content: content.update(schema_version=3))
+    assert "this vl2 reads up to 2" in refusal(bundle, no_weight_is_read).message
 
 
 def test_too_little_memory_is_refused_before_hashing_unless_asked_not_to(bundle: Path, no_weight_is_read: list,

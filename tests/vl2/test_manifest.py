@@ -96,7 +96,7 @@ def test_a_whole_bundle_passes_and_progress_reaches_the_total(bundle: Path) -> N
 
 def test_a_newer_schema_asks_for_an_update(bundle: Path) -> None:
     edit(bundle, lambda content: content.update(schema_version=SCHEMA_VERSION + 1, future="anything"))
-    with pytest.raises(VL2Error, match="schema_version is 2, this vl2 reads up to 1") as error:
+    with pytest.raises(VL2Error, match="schema_version is 3, this vl2 reads up to 2") as error:
         read_manifest(bundle)
     assert "update" in error.value.hint
 
