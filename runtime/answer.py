@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from vl2.errors import VL2Error
+from vl2.runtime.engine import Step
 from vl2.runtime.grounding import Box
 from vl2.runtime.logprobs import TokenLogprob
 
@@ -53,17 +56,26 @@ class Answer:
         return {**asdict(self), "boxes": [box.to_dict(self.image_size) for box in self.boxes], "logprobs": logprobs}
 
 
+# Text as it becomes certain, and steps whose logits float32 [V] are sent back.
+Pieces = Generator[str | Step, np.ndarray | None, Answer]
+
+
 class Cancelled(VL2Error):
     """The stream was closed from another thread while it was being computed."""
 
 
 @dataclass
 class Progress:
-    """What of an answer is there already, for those who watch its stream; cancelled: to end it at the next chance."""
+    """What of an answer is there already, for those who watch its stream; cancelled: to end it at the next chance.
+
+    positions: the most that prompt and answer take. pause: called between parts of the prompt's work, so that other answers may have a turn.
+    """
 
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None = None
     cancelled: bool = False
+    positions: int = 0
+    pause: Callable[[], None] = lambda: None
 
     def check(self) -> None:
         """Raises Cancelled after the stream was closed from another thread."""
@@ -74,13 +86,26 @@ class Progress:
 class AnswerStream(Iterator[str]):
     """Pieces of text as they become certain; `answer` is there once they are all taken."""
 
-    def __init__(self, pieces: Generator[str, None, Answer], progress: Progress):
+    def __init__(self, pieces: Pieces, progress: Progress):
         self._pieces, self._progress = pieces, progress
         self._answer: Answer | None = None
 
     def __next__(self) -> str:
+        found = self.resume()
+        while not isinstance(found, str):
+            try:
+                logits = found.run()
+            except BaseException as error:  # the answer's own end, such as handing its context back
+                found = self.resume(error)
+            else:
+                found = self.resume(logits)
+        return found
+
+    def resume(self, given: np.ndarray | BaseException | None = None) -> str | Step:
+        """The next piece, or a step of which the logits float32 [V], or why there are none, are to be given next; for who
+        takes steps of several answers together (`engine.run_steps`)."""
         try:
-            return next(self._pieces)
+            return self._pieces.throw(given) if isinstance(given, BaseException) else self._pieces.send(given)
         except StopIteration as end:
             self._answer = end.value if self._answer is None else self._answer
             raise
@@ -91,6 +116,11 @@ class AnswerStream(Iterator[str]):
         if self._answer is None:
             raise VL2Error("the answer is not finished", "take all pieces of the stream first")
         return self._answer
+
+    @property
+    def positions(self) -> int:
+        """The most that prompt and answer will take of a cache."""
+        return self._progress.positions
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -108,6 +138,14 @@ class AnswerStream(Iterator[str]):
         for _ in self:
             pass
         return self.answer
+
+    def pause_with(self, call: Callable[[], None]) -> None:
+        """Sets what is called between the prompt's chunks and images, in the iterating thread; for other answers' turns."""
+        self._progress.pause = call
+
+    def cancel(self) -> None:
+        """Lets the iterating thread get Cancelled before the next token, prefill chunk or image; from any thread."""
+        self._progress.cancelled = True
 
     def close(self) -> None:
         """Ends the answer here; what was computed stays in the cache. Nothing when it has ended already.

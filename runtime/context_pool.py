@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -31,6 +31,11 @@ class ContextPool:
     def used_bytes(self) -> int:
         """Memory of all contexts, those in use too."""
         return sum(context.used_bytes for context in self._idle + self._busy)
+
+    def has_room(self, positions: Sequence[int]) -> bool:
+        """Whether there is memory for answers of so many positions each, those in use among them, once idle ones go."""
+        wanted = Context(self._engine).bytes_for(sum(positions)) - self._busy_bytes()
+        return wanted <= self._available_bytes() + sum(context.used_bytes for context in self._idle)
 
     @contextmanager
     def lent(self, contents: np.ndarray) -> Iterator[Context]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from vl2 import __version__
-from vl2.manifest import Manifest
+from vl2.manifest import CACHE_ROW, Manifest
 from vl2.prompt import Processor
 from vl2.runtime.backend import Backend
+from vl2.runtime.cache_slots import CacheSlots, SlotCache
 from vl2.runtime.constrained import grammar_tokenizer
 from vl2.runtime.detokenize import TokenBytes
 from vl2.runtime.embeddings import Embeddings
@@ -46,9 +47,27 @@ class Engine:
 
 
     @cached_property
+    def largest_batch(self) -> int:
+        """How many sequences may decode together, each with the answer that it would give alone."""
+        return LARGEST_BATCH if self.manifest.graphs["decoder"].slots else 1
+
+    @cached_property
+    def _slots(self) -> CacheSlots:
+        return CacheSlots(self.manifest.graphs["decoder"], self.manifest.language.max_position_embeddings)
+
+    def new_cache(self) -> KVCache:
+        """An empty cache of one sequence."""
+        graph, backend = self.manifest.graphs["decoder"], self.backend
+        return SlotCache(self._slots) if graph.slots else KVCache(graph, backend.cache_memory, backend.limits.context)
+
+    @cached_property
     def grammar_tokenizer(self) -> Any:
         """The tokenizer as constraints need it. Raises VL2Error when llguidance is not installed."""
         return grammar_tokenizer(self.processor.tokenizer, self.manifest.language.vocab_size, self.processor.eos_id)
+
+
+# The rows of a decode step up to here have the bits of single runs (plugins/native/README.md).
+LARGEST_BATCH = 8
 
 
 class Context:
@@ -61,7 +80,7 @@ class Context:
     def __init__(self, engine: Engine):
         self._engine = engine
         self._limits = engine.backend.limits
-        self._cache = KVCache(engine.manifest.graphs["decoder"], engine.backend.cache_memory, self._limits.context)
+        self._cache = engine.new_cache()
         self._contents: list[int] = []
         self.turn = 0
 
@@ -111,24 +130,59 @@ class Context:
         chunk = min(chunk, self._limits.tokens or chunk)
         for start in range(0, len(embeds), chunk):
             between()
-            logits = self._extend(contents[start:start + chunk].tolist(), embeds[start:start + chunk])
-        return logits
+            logits = _extend(self._engine, [self], contents[None, start:start + chunk], embeds[None, start:start + chunk])
+        return logits[0]
 
     def decode_step(self, token: int) -> np.ndarray:
         """float32 [V] logits after one more token."""
-        self._cache.reserve(self._cache.length + 1)
-        return self._extend([token], self._engine.embeddings.lookup(np.array([token])))
+        return Step(self, token).run()
 
-    def _extend(self, contents: list[int], embeds: np.ndarray) -> np.ndarray:
-        cache, tokens = self._cache, len(embeds)
-        total = cache.length + tokens
-        feeds = {"inputs_embeds": embeds[None], "position_ids": np.arange(cache.length, total, dtype=np.int64)[None]}
-        if cache.in_place:
-            feeds["past_length"] = np.array(cache.length, np.int64)
-        else:
-            feeds["attention_mask"] = np.ones((1, total), bool)
-        logits = np.empty((1, self._engine.manifest.language.vocab_size), np.float32)
-        self._engine.backend.run("decoder", feeds | cache.past(), {"logits": logits, **cache.room(tokens)})
-        cache.append(tokens)
-        self._contents += contents
-        return logits[0]
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A token that a context is to take in next."""
+
+    context: Context
+    token: int
+
+    def run(self) -> np.ndarray:
+        """float32 [V] logits behind the token."""
+        return run_steps([self])[0]
+
+
+def run_steps(steps: Sequence[Step]) -> list[np.ndarray]:
+    """float32 [V] logits of each of several contexts' steps, those whose caches lie together as one batch.
+
+    At most `Engine.largest_batch` of them. Where it raises, no context has changed that was not already done.
+    """
+    batches: dict[int, list[Step]] = {}
+    for step in steps:
+        batches.setdefault(id(step.context._cache.slab or step), []).append(step)
+    logits = {}
+    for batch in batches.values():
+        engine, contexts = batch[0].context._engine, [step.context for step in batch]
+        for context in contexts:
+            context._cache.reserve(context.length + 1)
+        tokens = np.array([step.token for step in batch])
+        rows = _extend(engine, contexts, tokens[:, None], engine.embeddings.lookup(tokens)[:, None])
+        logits.update(zip(batch, rows, strict=True))
+    return [logits[step] for step in steps]
+
+
+def _extend(engine: Engine, contexts: list[Context], contents: np.ndarray, embeds: np.ndarray) -> np.ndarray:
+    """float32 [B, V] logits behind `contents` int64 [B, t] with `embeds` float32 [B, t, H], one row a context."""
+    caches, tokens = [context._cache for context in contexts], embeds.shape[1]
+    lengths, cache = np.array([cache.length for cache in caches], np.int64), caches[0]
+    feeds = {"inputs_embeds": embeds, "position_ids": lengths[:, None] + np.arange(tokens)}
+    if cache.slab is not None:
+        feeds |= {"past_length": lengths, CACHE_ROW: np.array([cache.slot for cache in caches], np.int64)}
+    elif cache.in_place:
+        feeds["past_length"] = lengths.reshape(())
+    else:
+        feeds["attention_mask"] = np.ones((1, cache.length + tokens), bool)
+    logits = np.empty((len(contexts), engine.manifest.language.vocab_size), np.float32)
+    engine.backend.run("decoder", feeds | cache.past(), {"logits": logits, **cache.room(tokens)})
+    for context, row in zip(contexts, contents.tolist(), strict=True):
+        context._cache.append(tokens)
+        context._contents += row
+    return logits

@@ -11,10 +11,10 @@ import numpy as np
 from vl2.errors import VL2Error
 from vl2.prompt import Layout
 from vl2.runtime import grounding
-from vl2.runtime.answer import EOS, LENGTH, LOOP, STOP, Answer, Progress
+from vl2.runtime.answer import EOS, LENGTH, LOOP, STOP, Answer, Pieces, Progress
 from vl2.runtime.constrained import Matcher
 from vl2.runtime.detokenize import TextStream
-from vl2.runtime.engine import Context, Engine
+from vl2.runtime.engine import Context, Engine, Step
 from vl2.runtime.logprobs import describe_token, log_probabilities
 from vl2.runtime.memory import peak_rss_bytes
 from vl2.runtime.options import GenerationOptions
@@ -41,10 +41,12 @@ class Generation:
         self._reused = self._decode_steps = 0
         self._seconds = dict.fromkeys(("load", "encode", "prefill", "decode"), 0.0)
         self.inputs = PromptInputs(engine, layout)
-        self.progress = Progress([], None if options.top_logprobs is None else [])
+        self.progress = Progress([], None if options.top_logprobs is None else [],
+                                 positions=len(layout.input_ids) + self._limit)
 
-    def pieces(self, context: Context) -> Generator[str, None, Answer]:
-        """Yields text as it becomes certain and returns the Answer; the context then holds all that was computed.
+    def pieces(self, context: Context) -> Pieces:
+        """Yields text as it becomes certain and steps, whose logits are to be sent back; returns the Answer. The context
+        then holds all that was computed.
 
         From here on an earlier stream of the same context cannot go on.
         """
@@ -52,7 +54,7 @@ class Generation:
         self._context, self._turn = context, context.turn
         return self._pieces()
 
-    def _pieces(self) -> Generator[str, None, Answer]:
+    def _pieces(self) -> Pieces:
         token = self._first_token()
         reason = EOS
         while token != self._engine.processor.eos_id or self._options.ignore_eos:
@@ -62,7 +64,7 @@ class Generation:
             if ended := self._end_after(token):
                 reason = ended
                 break
-            token = self._next_token(token)
+            token = yield from self._next_token(token)
         if piece := self._stream.finish():
             yield piece
         return self._answer(STOP if self._stream.stopped else reason)
@@ -89,10 +91,10 @@ class Generation:
         with self._timed("load"):
             self._load_graphs()
         with self._timed("encode"):
-            embeds = self.inputs.embeds(self._reused, self._check)
+            embeds = self.inputs.embeds(self._reused, self._between)
         with self._timed("prefill"):
             contents = self.inputs.contents[self._reused:]
-            return self._choose(self._context.prefill(contents, embeds, self._options.prefill_chunk, self._check))
+            return self._choose(self._context.prefill(contents, embeds, self._options.prefill_chunk, self._between))
 
     def _load_graphs(self) -> None:
         """The vision graph only where an image is in no cache yet."""
@@ -100,11 +102,11 @@ class Generation:
         if self.inputs.needs_vision(self._reused):
             self._engine.backend.load("vision")
 
-    def _next_token(self, token: int) -> int:
+    def _next_token(self, token: int) -> Generator[Step, np.ndarray, int]:
         self._check()
         with self._timed("decode"):
             self._decode_steps += 1
-            return self._choose(self._context.decode_step(token))
+            return self._choose((yield Step(self._context, token)))
 
     def _choose(self, logits: np.ndarray) -> int:
         """The next token of float32 [V] logits; its logprob is of the model's own distribution."""
@@ -114,6 +116,11 @@ class Generation:
         if asked is not None:
             asked.append(describe_token(logprobs, token, self._options.top_logprobs, self._engine.token_bytes))
         return token
+
+    def _between(self) -> None:
+        """Between parts of the prompt's work."""
+        self.progress.pause()
+        self._check()
 
     def _check(self) -> None:
         self.progress.check()

@@ -18,8 +18,11 @@ class KVCache:
     """Entries of `length` positions for every cache port of a decoder graph, batch size 1.
 
     buffers: by port `past`, [1, capacity, ...], in the backend's memory; the capacity doubles when it is reached, and
-    goes beyond `limit` for no spare room.
+    goes beyond `limit` for no spare room. slab, slot: where it lies if it shares its buffers (`cache_slots`).
     """
+
+    slab: Any = None
+    slot: int = 0
 
     def __init__(self, graph: Graph, memory: CacheMemory | None = None, limit: int | None = None):
         ports = {port.name: port for port in graph.inputs}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from PIL import Image
@@ -12,7 +12,7 @@ from vl2.errors import VL2Error
 from vl2.image import load_image
 from vl2.manifest import Manifest
 from vl2.prompt import IMAGE_PLACEHOLDER, Message
-from vl2.runtime.answer import STOP, Answer, AnswerStream
+from vl2.runtime.answer import STOP, Answer, AnswerStream, Pieces
 from vl2.runtime.context_pool import ContextPool
 from vl2.runtime.engine import Context, Engine
 from vl2.runtime.generate import Generation
@@ -23,7 +23,7 @@ ImageSource = str | os.PathLike | Image.Image
 
 
 class Model:
-    """An opened bundle. Not thread-safe: one answer at a time."""
+    """An opened bundle. Not thread-safe: all answers are computed in one thread, those of `complete` also in turns."""
 
     def __init__(self, engine: Engine, kv_cache_bytes: int = BundleOptions().kv_cache_bytes):
         self.engine = engine
@@ -38,6 +38,15 @@ class Model:
     def backend(self) -> str:
         """Where the graphs run, in one line; where CUDA is offered it loads the decoder to find out."""
         return self.engine.backend.description
+
+    @property
+    def largest_batch(self) -> int:
+        """How many answers' steps may be taken together (`engine.run_steps`), each answer as it would be alone."""
+        return self.engine.largest_batch
+
+    def has_room(self, streams: Sequence[AnswerStream]) -> bool:
+        """Whether there is memory for the caches of these answers of `complete`, begun or not, to their longest ends."""
+        return self._contexts.has_room([stream.positions for stream in streams])
 
     def ask(
         self, question: str, images: Sequence[ImageSource] = (), options: GenerationOptions | None = None
@@ -69,7 +78,7 @@ class Model:
         generation = Generation(self.engine, layout, options or GenerationOptions())
         return AnswerStream(self._in_pool(generation), generation.progress)
 
-    def _in_pool(self, generation: Generation) -> Generator[str, None, Answer]:
+    def _in_pool(self, generation: Generation) -> Pieces:
         with self._contexts.lent(generation.inputs.contents) as context:
             return (yield from generation.pieces(context))
 
@@ -105,7 +114,7 @@ class Chat:
         generation = Generation(self._engine, layout, options or GenerationOptions())
         return AnswerStream(self._remember(turn, generation.pieces(self._context)), generation.progress)
 
-    def _remember(self, turn: Message, pieces: Generator[str, None, Answer]) -> Generator[str, None, Answer]:
+    def _remember(self, turn: Message, pieces: Pieces) -> Pieces:
         answer = yield from pieces
         ids = answer.token_ids
         if answer.stop_reason == STOP:

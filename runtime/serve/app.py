@@ -30,7 +30,7 @@ class Service:
 
     def __init__(self, model: Model, settings: ServeSettings, fetch: Fetch | None = None):
         self.metrics = Metrics()
-        self.worker = Worker(model, settings.limits, self.metrics)
+        self.worker = Worker(model, settings.limits, self.metrics, settings.batch)
         fetch = fetch or RemoteImages(settings.image_hosts, settings.limits.body_bytes)
         chat = Completions(settings, model.engine.processor.geometry, self.worker, fetch)
         page = page_routes()

@@ -49,11 +49,11 @@ class FairQueue(Generic[T]):
             self._waiting.setdefault(client, deque()).append(entry)
             self._changed.notify()
 
-    def take(self) -> T | None:
-        """The next entry, waiting for one; None once the queue is closed."""
+    def take(self, wait: bool = True) -> T | None:
+        """The next entry; None once the queue is closed, and without `wait` where nothing is there."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._waiting)
-            if self._closed:
+            self._changed.wait_for(lambda: self._closed or self._waiting or not wait)
+            if self._closed or not self._waiting:
                 return None
             client, entries = self._waiting.popitem(last=False)
             entry = entries.popleft()

@@ -41,7 +41,7 @@ class ServeSettings:
 
     name: what clients call the model. tokens: bearer tokens, each a client of its own; none admits everybody, on
     loopback only. image_hosts: from which `https` images are fetched. image_root: below which local files are read.
-    host_names: that the Host header may hold besides loopback's own, where no token guards.
+    host_names: that the Host header may hold besides loopback's own, where no token guards. batch: answers at once.
     """
 
     name: str
@@ -50,6 +50,7 @@ class ServeSettings:
     image_root: Path | None = None
     host_names: frozenset[str] = frozenset()
     limits: Limits = field(default_factory=Limits)
+    batch: int = 4
 
     def __post_init__(self):
         for host in self.image_hosts:

@@ -1,15 +1,18 @@
-"""The one thread that owns the model: takes jobs in turn, answers them, ends them when nobody wants them any more."""
+"""The one thread that owns the model: takes jobs in turn, answers some together, ends those that nobody wants any more."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from vl2.errors import VL2Error
 from vl2.prompt import Message
 from vl2.runtime import Answer, AnswerStream, GenerationOptions, Model
+from vl2.runtime.engine import Step, run_steps
 from vl2.runtime.serve.api_error import ApiError, internal_error, refused
 from vl2.runtime.serve.channel import Channel
 from vl2.runtime.serve.fair_queue import FairQueue, QueueClosed, QueueFull
@@ -48,18 +51,34 @@ class Job:
             if self.ended is None:
                 self.ended = why
             if self.stream is not None:
-                self.stream.close()
+                self.stream.cancel()
         self.channel.finish(self.ended)
 
 
-class Worker:
-    """Runs jobs one at a time in a thread of its own."""
+class _Running:
+    """A job whose answer has begun. step: what it waits for."""
 
-    def __init__(self, model: Model, limits: Limits, metrics: Metrics):
+    def __init__(self, job: Job, stream: AnswerStream):
+        self.job, self.stream, self.began = job, stream, time.monotonic()
+        self.step: Step | None = None
+        self.spoke = False
+
+
+class Worker:
+    """Runs jobs in a thread of its own, up to `batch` of them at once: a decode step takes all of them one token on.
+
+    A job's prompt is computed between the steps of those that run; both get half of the time each. batch: at most what
+    the model takes, of which each answer is the one that it would be alone.
+    """
+
+    def __init__(self, model: Model, limits: Limits, metrics: Metrics, batch: int = 1):
         self._model, self._metrics = model, metrics
+        self._batch = min(batch, model.largest_batch)
         self._queue: FairQueue[Job] = FairQueue(limits.queued, limits.queued_per_client)
         self._thread = threading.Thread(target=self._run, name="vl2-model", daemon=True)
-        self._current: Job | None = None
+        self._running: list[_Running] = []
+        self._beginning: Job | None = None
+        self._held: _Running | None = None  # for which there was no memory beside the others
         self._usual_seconds = 5.0
         metrics.watch_queue(self.waiting, self.running)
 
@@ -69,11 +88,11 @@ class Worker:
 
     def waiting(self) -> int:
         """Jobs in the queue."""
-        return len(self._queue)
+        return len(self._queue) + (self._held is not None)
 
     def running(self) -> int:
-        """1 while a job is answered."""
-        return int(self._current is not None)
+        """Jobs that are being answered."""
+        return len(self._running) + (self._beginning is not None)
 
     def submit(self, job: Job) -> None:
         """Queues a job. Raises ApiError 429 with the time after which to come again, 503 at the end."""
@@ -83,7 +102,7 @@ class Worker:
             raise _shutting_down() from error
         except QueueFull as error:
             least, most = _RETRY_SECONDS
-            seconds = round(min(most, max(least, self._usual_seconds * (1 + self.waiting()))))
+            seconds = round(min(most, max(least, self._usual_seconds * (1 + self.waiting() / self._batch))))
             raise ApiError(429, str(error), code="queue_full", retry_after=seconds) from error
 
     def drop(self, job: Job, why: ApiError) -> None:
@@ -92,64 +111,136 @@ class Worker:
         job.end(why)
 
     def close_queue(self) -> None:
-        """Takes no more jobs and ends those that wait; the running one goes on."""
-        for job in self._queue.close():
+        """Takes no more jobs and ends those that wait; the running ones go on."""
+        held = self._held
+        for job in [*self._queue.close(), *([] if held is None else [held.job])]:
             job.end(_shutting_down())
 
     def stop(self, seconds: float) -> None:
         """Ends all jobs and waits so long for the thread."""
         self.close_queue()
-        if (job := self._current) is not None:
+        for job in [*(run.job for run in self._running), *filter(None, [self._beginning])]:
             job.end(_shutting_down())
         if self._thread.is_alive():
             self._thread.join(seconds)
 
     def _run(self) -> None:
-        while (job := self._queue.take()) is not None:
-            self._current = job
-            started = time.monotonic()
-            outcome = self._outcome(job)
-            with job.closing:
-                pass  # whoever closes the stream right now hands the context back; only then may the next job begin
-            job.channel.finish(outcome)
-            self._current = None
-            self._usual_seconds += 0.2 * (time.monotonic() - started - self._usual_seconds)
+        while self._take_job() or self._running:
+            self._step()
 
-    def _outcome(self, job: Job) -> Outcome:
-        if job.ended is not None:
-            return job.ended
+    def _take_job(self) -> bool:
+        """Begins the next job where one may run beside the others; waits for it where none runs. False: none was there."""
+        if self._held is None:
+            job = self._queue.take(wait=not self._running) if len(self._running) < self._batch else None
+            if job is None:
+                return False
+            self._beginning = job
+            self._held = self._opened(job)
+        held = self._held
+        if held is not None and (not self._running or held.job.ended is not None or self._has_room(held)):
+            self._beginning, self._held = held.job, None
+            held.stream.pause_with(_Turns(self._others_step).give)
+            self._advance(held)
+            if held.step is not None:
+                self._running.append(held)
+        self._beginning = None
+        return True
+
+    def _opened(self, job: Job) -> _Running | None:
+        """A job with the stream of its answer, of which nothing is computed yet; None where it has ended already."""
         try:
-            return self._answer(job)
-        except Exception as error:
-            # Ended from outside, the stream says so by an error of its own; that is no defect.
             if job.ended is not None:
-                return job.ended
-            if isinstance(error, ApiError):
-                return error.anew()
-            if isinstance(error, VL2Error) and job.options.constraint and error.message.startswith("the constraint"):
-                # Found out while answering: a constraint that is too large for its library's limits.
-                return refused(error)
-            return internal_error(job.name)
+                raise _Ended
+            try:
+                job.stream = self._model.complete(_messages(job), job.options)
+            except VL2Error as error:
+                raise refused(error, "messages") from error
+            if job.ended is not None:
+                raise _Ended
+            return _Running(job, job.stream)
+        except Exception as error:
+            job.channel.finish(_why(job, error))
+            return None
 
-    def _answer(self, job: Job) -> Answer:
-        messages = _messages(job)
+    def _has_room(self, held: _Running) -> bool:
+        return self._model.has_room([run.stream for run in (*self._running, held)])
+
+    def _others_step(self) -> bool:
+        """A step of the jobs that run, if any do."""
+        self._step()
+        return bool(self._running)
+
+    def _step(self) -> None:
+        """Takes every running job one token on, all of them together."""
+        for run in [run for run in self._running if run.job.ended is not None]:
+            run.stream.close()
+            self._finish(run, run.job.ended)
+        runs = list(self._running)
+        if not runs:
+            return
         try:
-            job.stream = self._model.complete(messages, job.options)
-        except VL2Error as error:
-            raise refused(error, "messages") from error
-        if job.ended is not None:
-            raise _Ended
-        first = True
-        for piece in job.stream:
-            if first:
-                self._metrics.first_token(time.monotonic() - job.arrived)
-                first = False
-            if not job.channel.put(piece):
-                job.end(ApiError(503, "the client does not read its answer"))
-        if job.ended is not None:
-            raise _Ended
-        self._metrics.answered(job.stream.answer)
-        return job.stream.answer
+            given = run_steps([run.step for run in runs])
+        except Exception as error:  # each job ends with it
+            given = [error] * len(runs)
+        for run, logits in zip(runs, given, strict=True):
+            self._advance(run, logits)
+
+    def _advance(self, run: _Running, given: np.ndarray | Exception | None = None) -> None:
+        """Hands a job the logits that it waits for, and its text to the client, up to the next step or its end."""
+        run.step = None
+        try:
+            found = run.stream.resume(given)
+            while isinstance(found, str):
+                self._speak(run, found)
+                found = run.stream.resume()
+            run.step = found
+        except StopIteration:
+            if run.job.ended is None:
+                self._metrics.answered(run.stream.answer)
+            self._finish(run, run.job.ended or run.stream.answer)
+        except Exception as error:
+            self._finish(run, _why(run.job, error))
+
+    def _speak(self, run: _Running, piece: str) -> None:
+        if not run.spoke:
+            self._metrics.first_token(time.monotonic() - run.job.arrived)
+            run.spoke = True
+        if not run.job.channel.put(piece):
+            run.job.end(ApiError(503, "the client does not read its answer"))
+
+    def _finish(self, run: _Running, outcome: Outcome) -> None:
+        if run in self._running:
+            self._running.remove(run)
+        self._usual_seconds += 0.2 * (time.monotonic() - run.began - self._usual_seconds)
+        run.job.channel.finish(outcome)
+
+
+class _Turns:
+    """Between the parts of one job's prompt: as much time for the others' steps as the parts have taken."""
+
+    def __init__(self, step: Callable[[], bool]):
+        self._step, self._began, self._others = step, time.monotonic(), 0.0
+
+    def give(self) -> None:
+        """Runs steps until both have had as much, or nobody else runs."""
+        while self._others < time.monotonic() - self._began - self._others:
+            start = time.monotonic()
+            if not self._step():
+                return
+            self._others += time.monotonic() - start
+
+
+def _why(job: Job, error: Exception) -> Outcome:
+    """What a job ends with; to be called while the error is handled."""
+    # Ended from outside, the stream says so by an error of its own; that is no defect.
+    if job.ended is not None:
+        return job.ended
+    if isinstance(error, ApiError):
+        return error.anew()
+    if isinstance(error, VL2Error) and job.options.constraint and error.message.startswith("the constraint"):
+        # Found out while answering: a constraint that is too large for its library's limits.
+        return refused(error)
+    return internal_error(job.name)
 
 
 def _shutting_down() -> ApiError:

@@ -6,6 +6,7 @@ position changes every logit.
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vl2 import __version__
 from vl2.manifest import (
+    CACHE_ROW,
     CachePorts,
     Embeddings,
     Graph,
@@ -73,6 +75,37 @@ class NumpyBackend(Backend):
         at = np.concatenate([feeds["past_value.0"], results["new_value.0"]], axis=1)[:, :, 0]
         weights = np.exp((at - at[:, -1:]) * RATE) * feeds["attention_mask"][:, :, None]
         results["logits"][:] = np.tanh((keys * weights).sum(axis=1) * GAIN) @ W_HEAD
+
+
+class SlotsBackend(NumpyBackend):
+    """The same decoder over caches with slots, each row computed by itself; `batches`: rows of each decoder run."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def run(self, graph, feeds, results):
+        if graph == "vision":
+            return super().run(graph, feeds, results)
+        embeds, rows = feeds["inputs_embeds"], feeds["cache_row"].tolist()
+        assert len(set(rows)) == len(rows) and all(buffer.flags.c_contiguous for buffer in feeds.values())
+        self.runs.append((graph, embeds.shape[1]))
+        self.batches.append(len(rows))
+        for row, (slot, past) in enumerate(zip(rows, feeds["past_length"].tolist(), strict=True)):
+            end = past + embeds.shape[1]
+            keys, at = feeds["key_cache.0"][slot, :end, 0], feeds["value_cache.0"][slot, :end, 0]
+            keys[past:], at[past:, 0] = embeds[row], feeds["position_ids"][row]
+            weights = np.exp((at - at[-1:]) * RATE)
+            results["logits"][row] = np.tanh((keys * weights).sum(axis=0) * GAIN) @ W_HEAD
+
+
+SLOTS_GRAPH = Graph(
+    "decoder.onnx", "decoder.data",
+    (Port("inputs_embeds", "float32", ("batch", "tokens", HIDDEN)), Port("position_ids", "int64", ("batch", "tokens")),
+     Port("past_length", "int64", ("batch",)), Port(CACHE_ROW, "int64", ("batch",)),
+     Port("key_cache.0", "float32", ("slots", "capacity", 1, HIDDEN)),
+     Port("value_cache.0", "float32", ("slots", "capacity", 1, 1))),
+    (Port("logits", "float32", ("batch", VOCAB)),), (CachePorts("key_cache.0", None), CachePorts("value_cache.0", None)))
 
 
 def vision_graph() -> onnx.GraphProto:
@@ -185,3 +218,12 @@ def numpy_model_of(bundle: Path) -> Model:
     manifest = read_manifest(bundle)
     processor = Processor.from_folder(bundle)
     return Model(Engine(manifest, processor, StoredEmbeddings(bundle, manifest), NumpyBackend()))
+
+
+def slots_model_of(bundle: Path, backend: NumpyBackend | None = None, kv_cache_bytes: int = 1 << 20) -> Model:
+    """The small bundle with a decoder that takes several sequences in one batch."""
+    manifest = read_manifest(bundle)
+    manifest = replace(manifest, graphs={**manifest.graphs, "decoder": SLOTS_GRAPH})
+    processor = Processor.from_folder(bundle)
+    engine = Engine(manifest, processor, StoredEmbeddings(bundle, manifest), backend or SlotsBackend())
+    return Model(engine, kv_cache_bytes)

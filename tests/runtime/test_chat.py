@@ -11,6 +11,7 @@ from tests.runtime.small_bundle import numpy_model_of
 from vl2.errors import VL2Error
 from vl2.prompt import Message
 from vl2.runtime import Chat, GenerationOptions, Model
+from vl2.runtime.answer import AnswerStream
 from vl2.runtime.engine import Context
 from vl2.runtime.generate import Generation
 
@@ -22,12 +23,8 @@ def fresh(model: Model, chat: Chat, question: str, images=()) -> tuple[int, ...]
     """The next answer of a conversation computed from nothing."""
     turn = Message("user", "<image>\n" * len(images) + question, images)
     layout = model.engine.processor.lay_out([*chat.history, turn, Message("assistant", "")])
-    pieces = Generation(model.engine, layout, SHORT).pieces(Context(model.engine))
-    try:
-        while True:
-            next(pieces)
-    except StopIteration as end:
-        return end.value.token_ids
+    generation = Generation(model.engine, layout, SHORT)
+    return AnswerStream(generation.pieces(Context(model.engine)), generation.progress).read().token_ids
 
 
 TURNS = st.lists(st.tuples(st.sampled_from(["Where?", "And now?", "Why is it red?"]),
@@ -83,7 +80,7 @@ def test_another_image_in_the_same_place_is_not_taken_for_the_first(numpy_model:
     for image in (NOISE[0], NOISE[3], NOISE[0]):
         layout = engine.processor.lay_out([Message("user", "<image>\nWhat?", [image]), Message("assistant", "")])
         generation = Generation(engine, layout, SHORT)
-        answers.append(list(generation.pieces(context)))
+        answers.append(list(AnswerStream(generation.pieces(context), generation.progress)))
         assert generation._reused < 10
     assert answers[0] == answers[2] != answers[1]
 

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.runtime.small_bundle import NumpyBackend, numpy_model_of
+from tests.runtime.small_bundle import NumpyBackend, SlotsBackend, numpy_model_of
 from vl2.runtime import Model
 from vl2.runtime.engine import Engine
 from vl2.runtime.serve.app import Service
@@ -28,8 +28,8 @@ CHAT = "/v1/chat/completions"
 PATIENCE = 60  # seconds after which a test gives up on an event that should come at once
 
 
-class GatedBackend(NumpyBackend):
-    """Stops before a decoder run while the gate is shut; `reached` says that it stands there.
+class Gated:
+    """Of a backend: stops before a decoder run while the gate is shut; `reached` says that it stands there.
 
     shut_after: so many more decoder runs shut the gate; None never does.
     """
@@ -50,6 +50,14 @@ class GatedBackend(NumpyBackend):
             self.reached.set()
             assert self.gate.wait(PATIENCE), "the test has not opened the gate"
         super().run(graph, feeds, results)
+
+
+class GatedBackend(Gated, NumpyBackend):
+    pass
+
+
+class GatedSlots(Gated, SlotsBackend):
+    pass
 
 
 def gated_model_of(bundle: Path) -> tuple[Model, GatedBackend]:
