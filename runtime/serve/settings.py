@@ -53,6 +53,8 @@ class ServeSettings:
     batch: int = 4
 
     def __post_init__(self):
+        if self.batch < 1:
+            raise VL2Error(f"the batch is {self.batch} answers, expected 1 or more")
         for host in self.image_hosts:
             if not host or any(sign in host for sign in "/@:* "):
                 raise VL2Error(f"{host!r} is no host to fetch images from", "give a bare name, such as example.org")
