@@ -1,9 +1,9 @@
 """Whether several sequences decode faster as one batch: `python benchmarks/batched_decode.py BUNDLE`.
 
-Times one decode step of the decoder graph for batches of 1, 2, 4 and 8 sequences of equal length, in interleaved
-rounds, each row with a token of its own, so that rows choose experts of their own. Sequences a server holds have
-unequal lengths, which the graphs do not take in one batch: the figures are what such graphs could gain at most.
-Prints a table of medians, then one JSON line.
+Times one decode step of the decoder graph for batches of 1, 2, 4 and 8 sequences in interleaved rounds, each row with a
+token of its own, so that rows choose experts of their own. In bundles with slots (lowering `cpu`) the sequences are
+unequally long, half to one and a half times `--past`, and lie in rows of one buffer in any order; other graphs take
+equal lengths only: what they could gain at most. Prints a table of medians, then one JSON line.
 """
 
 from __future__ import annotations
@@ -16,37 +16,51 @@ from pathlib import Path
 
 import numpy as np
 
+from vl2.manifest import CACHE_ROW
 from vl2.runtime import BundleOptions, open_bundle
 from vl2.runtime.model import Model
 
 BATCHES = (1, 2, 4, 8)
 
 
-def step_feeds(model: Model, batch: int, past: int, rng: np.random.Generator) -> tuple[dict, dict]:
-    """Inputs and result buffers of one step of `batch` sequences of `past` positions; caches hold small noise."""
+def make_caches(model: Model, past: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Buffers of as many sequences as the largest batch has, filled with small noise."""
+    graph = model.manifest.graphs["decoder"]
+    ports, length = {port.name: port for port in graph.inputs}, 2 * past if graph.slots else past + graph.in_place
+    caches = {}
+    for pair in graph.cache:
+        shape, dtype = (max(BATCHES), length, *ports[pair.past].shape[2:]), ports[pair.past].dtype
+        noise = rng.integers(-9, 10, shape) if dtype == "int8" else 0.1 * rng.standard_normal(shape, np.float32)
+        caches[pair.past] = noise.astype(dtype)
+    return caches
+
+
+def step_feeds(model: Model, batch: int, past: int, caches: dict, rng: np.random.Generator) -> tuple[dict, dict]:
+    """Inputs and result buffers of one step of `batch` sequences of `past` positions, with slots on average."""
     graph, language = model.manifest.graphs["decoder"], model.manifest.language
     tokens = rng.integers(3, language.vocab_size, batch)
-    embeds = model.engine.embeddings.lookup(tokens)[:, None]
-    feeds = {"inputs_embeds": embeds, "position_ids": np.full((batch, 1), past, np.int64)}
+    lengths = np.full(batch, past)
+    if graph.slots and batch > 1:
+        lengths = np.linspace(past / 2, 3 * past / 2, batch).astype(np.int64)
+    feeds = {"inputs_embeds": model.engine.embeddings.lookup(tokens)[:, None], "position_ids": lengths[:, None]}
     results = {"logits": np.empty((batch, language.vocab_size), np.float32)}
-    ports = {port.name: port for port in graph.inputs}
-    for pair in graph.cache:
-        shape, dtype = ports[pair.past].shape[2:], ports[pair.past].dtype
-        length = past + 1 if graph.in_place else past
-        feeds[pair.past] = (0.1 * rng.standard_normal((batch, length, *shape))).astype(dtype)
+    for pair in graph.cache if not graph.slots else ():
         if pair.new:
-            results[pair.new] = np.empty((batch, 1, *shape), dtype)
+            results[pair.new] = np.empty((batch, 1, *caches[pair.past].shape[2:]), caches[pair.past].dtype)
+    if graph.slots:
+        return feeds | caches | {"past_length": lengths, CACHE_ROW: rng.permutation(max(BATCHES))[:batch]}, results
     sight = {"past_length": np.array(past)} if graph.in_place else {"attention_mask": np.ones((batch, past + 1), bool)}
-    return feeds | sight, results
+    return feeds | {name: cache[:batch] for name, cache in caches.items()} | sight, results
 
 
 def measure(model: Model, past: int, rounds: int) -> dict[int, float]:
     """Median seconds a step by batch."""
     rng = np.random.default_rng(0)
+    caches = make_caches(model, past, rng)
     seconds: dict[int, list[float]] = {batch: [] for batch in BATCHES}
     for number in range(rounds + 1):
         for batch in BATCHES:
-            feeds, results = step_feeds(model, batch, past, rng)
+            feeds, results = step_feeds(model, batch, past, caches, rng)
             start = time.perf_counter()
             model.engine.backend.run("decoder", feeds, results)
             if number:  # the first round warms up

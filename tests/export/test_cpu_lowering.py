@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
 from vl2 import operators
 from vl2.config import load_config
@@ -16,7 +20,9 @@ from vl2.export import ExportOptions, export_checkpoint, plan_export
 from vl2.manifest import Manifest, read_manifest
 from vl2.model.checkpoint import iter_tensors, parameter_sources
 from vl2.plugins.native.layout import ROWS, Layout, unpack
-from vl2.runtime import GenerationOptions, open_bundle
+from vl2.prompt import Message
+from vl2.runtime import BundleOptions, GenerationOptions, Model, open_bundle
+from vl2.runtime.engine import LARGEST_BATCH, Step, run_steps
 
 pytestmark = pytest.mark.skipif(operators.library_path()[0] is None, reason="the operator library was not built")
 
@@ -126,6 +132,67 @@ def layout_of(attributes: dict, op_type: str, prefix: str) -> Layout:
         rows, columns = (hidden, inner) if prefix.endswith("down_") else (2 * -(-inner // ROWS) * ROWS, hidden)
     form = [attributes[prefix + key] for key in ("scheme", "group_size", "scale_dtype")]
     return Layout(rows, columns, form[0].decode(), form[1], form[2].decode())
+
+
+@settings(max_examples=15)
+@given(lengths=st.lists(st.integers(1, 90), min_size=2, max_size=LARGEST_BATCH), threads=st.sampled_from((1, 2)),
+       seed=st.integers(0, 99))
+def test_a_step_of_a_batch_has_the_bits_of_single_steps(exported, lengths: list[int], threads: int, seed: int) -> None:
+    """Through the whole decoder: any slots, any lengths, logits and caches."""
+    model, rng = opened(exported[1], threads), np.random.default_rng(seed)
+    graph, vocabulary = model.manifest.graphs["decoder"], model.manifest.language.vocab_size
+    rows, slots = np.arange(len(lengths)), rng.permutation(LARGEST_BATCH + 2)[:len(lengths)]
+    ports = {port.name: port for port in graph.inputs}
+    caches = {pair.past: 0.1 * rng.standard_normal((LARGEST_BATCH + 2, 92, *ports[pair.past].shape[2:]), np.float32)
+              for pair in graph.cache}
+    embeds = model.engine.embeddings.lookup(rng.integers(3, vocabulary, len(lengths)))[:, None]
+
+    def step(rows: np.ndarray) -> tuple[np.ndarray, dict]:
+        written, past = {name: cache.copy() for name, cache in caches.items()}, np.array(lengths)[rows]
+        feeds = {"inputs_embeds": embeds[rows], "position_ids": past[:, None], "past_length": past,
+                 "cache_row": slots[rows], **written}
+        logits = np.empty((len(rows), vocabulary), np.float32)
+        model.engine.backend.run("decoder", feeds, {"logits": logits})
+        return logits, written
+
+    together, written = step(rows)
+    for row in rows:
+        alone, of_one = step(rows[row:row + 1])
+        assert np.array_equal(alone[0], together[row])
+        assert all(np.array_equal(of_one[name][slots[row]], written[name][slots[row]]) for name in caches)
+
+
+@functools.cache
+def opened(bundle: Path, threads: int) -> Model:
+    return open_bundle(bundle, BundleOptions(threads=threads))
+
+
+def test_answers_taken_together_are_those_of_single_runs(exported, goldens: Path) -> None:
+    """An image, sampling and a shared prefix among them; each has the tokens and logprobs that it has alone."""
+    image = Image.open(goldens / "images" / "sq_384x384.png").convert("RGB")
+    asked = [([Message("user", "<image>\nWhat is shown?", [image])], {}), ([Message("user", "Why?")], {}),
+             ([Message("user", "<image>\nWhat is written?", [image])], {"temperature": 1.0, "seed": 3})]
+    options = [GenerationOptions(max_new_tokens=12, ignore_eos=True, top_logprobs=2, **more) for _, more in asked]
+    expected = [open_bundle(exported[1]).complete(messages, each).read()
+                for (messages, _), each in zip(asked, options, strict=True)]
+    model = open_bundle(exported[1])
+    streams = [model.complete(messages, each) for (messages, _), each in zip(asked, options, strict=True)]
+    waiting: dict = dict.fromkeys(streams)
+    while waiting:
+        steps = {stream: step for stream in waiting if (step := next_step(stream, waiting[stream])) is not None}
+        waiting = dict(zip(steps, run_steps(list(steps.values())), strict=True))
+    for stream, answer in zip(streams, expected, strict=True):
+        assert (stream.answer.token_ids, stream.answer.logprobs) == (answer.token_ids, answer.logprobs)
+
+
+def next_step(stream, given) -> Step | None:
+    """The step that an answer waits for next, None at its end."""
+    try:
+        while isinstance(found := stream.resume(given), str):
+            given = None
+        return found
+    except StopIteration:
+        return None
 
 
 @pytest.mark.parametrize("name, kv_cache", [("small-mini", "int8"), ("tiny-mini", "fp16")])

@@ -1,0 +1,92 @@
+"""What several clients get of one server together: `python benchmarks/batched_serving.py BUNDLE`.
+
+Starts `vl2 serve` with `--batch 1` and `--batch 4`, asks each in turn with 4 clients at once, in interleaved rounds, and
+prints all tokens a second, the median time to the first token and the longest answer. Sampling at a high temperature with
+seeds of its own makes answers long and different; the two servers give the same ones, which is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+
+QUESTIONS = ("Read the text.", "What is the total?", "Locate the word Total.", "What is the first line about, and the last?")
+
+
+@contextmanager
+def server(bundle: Path, batch: int, threads: int):
+    """The URL of a server of its own."""
+    command = [sys.executable, "-c", "from vl2.cli import main; main()", "serve", str(bundle), "--port", "0", "--batch", str(batch),
+               "--threads", str(threads), "--no-hash-check"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (found := re.search(r"serving .* at (http://\S+)", process.stderr.readline())):
+            assert process.poll() is None, "the server has ended"
+        yield found[1]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def ask(url: str, number: int, tokens: int) -> tuple[str, int, float, float]:
+    """Text, count of tokens, seconds to the first piece and to the last."""
+    question = f"{QUESTIONS[number % len(QUESTIONS)]} ({number})"
+    body = {"messages": [{"role": "user", "content": question}], "max_tokens": tokens, "temperature": 1.5, "seed": number,
+            "stream": True, "stream_options": {"include_usage": True}}
+    start, first, text, count = time.perf_counter(), 0.0, "", 0
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=600) as answer:
+        answer.raise_for_status()
+        for line in answer.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            piece = "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+            first = first or (time.perf_counter() - start if piece else 0.0)
+            text += piece
+            count = (chunk.get("usage") or {}).get("completion_tokens", count)
+    return text, count, first, time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=128, help="the most of an answer")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    rates, firsts, longest, texts = ({batch: [] for batch in options.batches} for _ in range(4))
+    with ExitStack() as stack, ThreadPoolExecutor(options.clients) as clients:
+        urls = {batch: stack.enter_context(server(options.bundle, batch, options.threads)) for batch in options.batches}
+        for turn in range(options.rounds + 1):
+            for batch, url in urls.items():
+                numbers = range(turn * options.clients, (turn + 1) * options.clients)
+                start = time.perf_counter()
+                answers = list(clients.map(lambda number, url=url: ask(url, number, options.tokens), numbers))
+                seconds = time.perf_counter() - start
+                texts[batch] += [answer[0] for answer in answers]
+                if turn:  # the first round warms up
+                    rates[batch].append(sum(answer[1] for answer in answers) / seconds)
+                    firsts[batch] += [answer[2] for answer in answers]
+                    longest[batch].append(max(answer[3] for answer in answers))
+    assert len({tuple(found) for found in texts.values()}) == 1, "the servers gave different answers"
+    print(f"{options.bundle}, {options.clients} clients\nbatch   tokens/s   first token s   longest answer s")
+    found = {batch: [statistics.median(each[batch]) for each in (rates, firsts, longest)] for batch in options.batches}
+    for batch, (rate, first, last) in found.items():
+        print(f"{batch:5} {rate:10.1f} {first:15.2f} {last:18.2f}")
+    print(json.dumps({"bundle": str(options.bundle), "clients": options.clients, "batches": found}))
+
+
+if __name__ == "__main__":
+    main()
