@@ -1,8 +1,8 @@
 """What several clients get of one server together: `python benchmarks/batched_serving.py BUNDLE`.
 
-Starts `vl2 serve` with `--batch 1` and `--batch 4`, asks each in turn with 4 clients at once, in interleaved rounds, and
-prints all tokens a second, the median time to the first token and the longest answer. Sampling at a high temperature with
-seeds of its own makes answers long and different; the two servers give the same ones, which is checked.
+Starts `vl2 serve` with `--batch 1` and `--batch 4`, asks each in turn with 4 clients at once, in interleaved rounds,
+and prints all tokens a second, the median time to the first token and the longest answer. Sampling at a high temperature
+with seeds of its own makes answers long and different; all servers give the same ones, which is checked.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pathlib import Path
 
 import httpx
 
-QUESTIONS = ("Read the text.", "What is the total?", "Locate the word Total.", "What is the first line about, and the last?")
+QUESTIONS = ("Read the text.", "What is the total?", "Locate the word Total.", "What are the first and last line?")
 
 
 @contextmanager
 def server(bundle: Path, batch: int, threads: int):
     """The URL of a server of its own."""
-    command = [sys.executable, "-c", "from vl2.cli import main; main()", "serve", str(bundle), "--port", "0", "--batch", str(batch),
-               "--threads", str(threads), "--no-hash-check"]
+    command = [sys.executable, "-c", "from vl2.cli import main; main()", "serve", str(bundle), "--port", "0",
+               "--batch", str(batch), "--threads", str(threads), "--no-hash-check"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         while not (found := re.search(r"serving .* at (http://\S+)", process.stderr.readline())):
@@ -41,8 +41,8 @@ def server(bundle: Path, batch: int, threads: int):
 def ask(url: str, number: int, tokens: int) -> tuple[str, int, float, float]:
     """Text, count of tokens, seconds to the first piece and to the last."""
     question = f"{QUESTIONS[number % len(QUESTIONS)]} ({number})"
-    body = {"messages": [{"role": "user", "content": question}], "max_tokens": tokens, "temperature": 1.5, "seed": number,
-            "stream": True, "stream_options": {"include_usage": True}}
+    body = {"messages": [{"role": "user", "content": question}], "max_tokens": tokens, "temperature": 2.0,
+            "seed": number, "stream": True, "stream_options": {"include_usage": True}}
     start, first, text, count = time.perf_counter(), 0.0, "", 0
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=600) as answer:
         answer.raise_for_status()

@@ -105,7 +105,8 @@ class Attention(_Plugin):
 class LatentAttention(_Plugin):
     def _run(self, *arrays, scale=None, **_):
         *wide, cache, past_length = arrays
-        y = latent_attention(*map(_wide, wide), torch.from_numpy(cache), torch.tensor(int(past_length)), None, None, scale)
+        length = torch.tensor(int(past_length))
+        y = latent_attention(*map(_wide, wide), torch.from_numpy(cache), length, None, None, scale)
         return _half(y), cache
 
 

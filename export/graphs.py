@@ -14,8 +14,8 @@ and whole buffers `key_cache.l`, `value_cache.l` [batch, capacity, kv_heads, hea
 [batch, capacity, R + dr], float32, float16 or int8, and gives logits only. INT8 buffers have float32 scales as well,
 `key_scale.l`, `value_scale.l` [batch, capacity, kv_heads] or `latent_scale.l` [batch, capacity, 2] (latent, rope key).
 
-The lowering `cpu` takes `past_length` [batch] and `cache_row` [batch] int64: which of the buffers' rows [slots, capacity, …]
-holds each sequence (`with_slots`).
+The lowering `cpu` takes `past_length` [batch] and `cache_row` [batch] int64: which of the rows of its buffers
+[slots, capacity, …] holds each sequence (`with_slots`).
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def _decoder_in_place(config: ModelConfig, kv_cache: str) -> Graph:
 
 
 def with_slots(graphs: dict[str, Graph]) -> dict[str, Graph]:
-    """The declared graphs with caches written in place as the `cpu` lowering has them: sequences of unequal length, each
-    in any row of the buffers."""
+    """The declared graphs with caches written in place as the `cpu` lowering has them: sequences of unequal length,
+    each in any row of the buffers."""
     decoder, inputs = graphs["decoder"], []
     caches = {ports.past for ports in decoder.cache}
     for port in decoder.inputs:

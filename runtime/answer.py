@@ -68,7 +68,8 @@ class Cancelled(VL2Error):
 class Progress:
     """What of an answer is there already, for those who watch its stream; cancelled: to end it at the next chance.
 
-    positions: the most that prompt and answer take. pause: called between parts of the prompt's work, so that other answers may have a turn.
+    positions: the most that prompt and answer take. pause: called between parts of the prompt's work, so that other
+    answers may have a turn.
     """
 
     token_ids: list[int]
@@ -102,8 +103,10 @@ class AnswerStream(Iterator[str]):
         return found
 
     def resume(self, given: np.ndarray | BaseException | None = None) -> str | Step:
-        """The next piece, or a step of which the logits float32 [V], or why there are none, are to be given next; for who
-        takes steps of several answers together (`engine.run_steps`)."""
+        """The next piece, or a step of which the logits float32 [V], or why there are none, are to be given next.
+
+        For who takes steps of several answers together (`engine.run_steps`).
+        """
         try:
             return self._pieces.throw(given) if isinstance(given, BaseException) else self._pieces.send(given)
         except StopIteration as end:
@@ -140,7 +143,7 @@ class AnswerStream(Iterator[str]):
         return self.answer
 
     def pause_with(self, call: Callable[[], None]) -> None:
-        """Sets what is called between the prompt's chunks and images, in the iterating thread; for other answers' turns."""
+        """Sets what is called between the prompt's chunks and images, in the iterating thread: other answers' turns."""
         self._progress.pause = call
 
     def cancel(self) -> None:

@@ -83,7 +83,7 @@ class SlotCache(KVCache):
     def __init__(self, slots: CacheSlots):
         super().__init__(slots.graph)
         self.slab, self.slot = slots.take()
-        weakref.finalize(self, self.slab.give_back, self.slot)
+        weakref.finalize(self, self.slab.give_back, self.slot).atexit = False
         self._buffers = {name: whole[self.slot:self.slot + 1] for name, whole in self.slab.buffers.items()}
         self.capacity = self.slab.capacity
 

@@ -130,7 +130,8 @@ class Context:
         chunk = min(chunk, self._limits.tokens or chunk)
         for start in range(0, len(embeds), chunk):
             between()
-            logits = _extend(self._engine, [self], contents[None, start:start + chunk], embeds[None, start:start + chunk])
+            part = slice(start, start + chunk)
+            logits = _extend(self._engine, [self], contents[None, part], embeds[None, part])
         return logits[0]
 
     def decode_step(self, token: int) -> np.ndarray:

@@ -45,8 +45,9 @@ class Generation:
                                  positions=len(layout.input_ids) + self._limit)
 
     def pieces(self, context: Context) -> Pieces:
-        """Yields text as it becomes certain and steps, whose logits are to be sent back; returns the Answer. The context
-        then holds all that was computed.
+        """Yields text as it becomes certain and steps, whose logits are to be sent back; returns the Answer.
+
+        The context then holds all that was computed.
 
         From here on an earlier stream of the same context cannot go on.
         """

@@ -45,7 +45,7 @@ class Model:
         return self.engine.largest_batch
 
     def has_room(self, streams: Sequence[AnswerStream]) -> bool:
-        """Whether there is memory for the caches of these answers of `complete`, begun or not, to their longest ends."""
+        """Whether there is memory for the caches of these answers of `complete`, begun or not, at their longest."""
         return self._contexts.has_room([stream.positions for stream in streams])
 
     def ask(

@@ -86,7 +86,8 @@ class Port:
 class CachePorts:
     """An input that takes past entries and the output that gives the new ones.
 
-    new None: the input is a whole buffer [batch or slots, capacity, …], into which the graph writes the new entries itself.
+    new None: the input is a whole buffer [batch or slots, capacity, …], into which the graph writes the new entries
+    itself.
     """
 
     past: str

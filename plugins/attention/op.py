@@ -39,8 +39,8 @@ def attention(  # noqa: PLR0913  (an operator takes tensors and numbers, not a d
 
     query: float32 [B, T, heads · D]; key, value: [B, T, kv_heads · D]; cos, sin: [B, T, D] as `rope_tables` gives them;
     key_cache, value_cache: float32, float16 or int8 [S, C, kv_heads, D]; past_length: int64, a scalar or [B];
-    key_scale, value_scale: float32 [S, C, kv_heads] for int8, else None; cache_row: int64 [B], where each sequence lies in
-    the caches, None for 0 … B − 1. Returns [B, T, heads · D].
+    key_scale, value_scale: float32 [S, C, kv_heads] for int8, else None; cache_row: int64 [B], where each sequence lies
+    in the caches, None for 0 … B − 1. Returns [B, T, heads · D].
     Raises VL2Error where the new rows do not fit, and for a cache_row that is not there or given twice.
     """
     size, tokens = key_cache.shape[-1], query.shape[1]

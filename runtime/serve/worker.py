@@ -1,4 +1,4 @@
-"""The one thread that owns the model: takes jobs in turn, answers some together, ends those that nobody wants any more."""
+"""The one thread that owns the model: takes jobs in turn, answers some together, ends those that nobody wants."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class Worker:
             self._step()
 
     def _take_job(self) -> bool:
-        """Begins the next job where one may run beside the others; waits for it where none runs. False: none was there."""
+        """Begins the next job where one may run beside the others; waits where none runs. False: none was there."""
         if self._held is None:
             job = self._queue.take(wait=not self._running) if len(self._running) < self._batch else None
             if job is None:

@@ -1,4 +1,4 @@
-"""Rows of one decode step do not depend on each other: sequences in any slots, of any lengths, have the bits of single runs."""
+"""Rows of one decode step do not depend on each other: any slots, any lengths, the bits of single runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ pytestmark = needs_library
 FEW_ROWS = 8
 # Tiny's heads, grouped ones, latent attention of Small, an odd size.
 HEADS = {"plain": {"heads": 10, "kv_heads": 10, "size": 128}, "grouped": {"heads": 6, "kv_heads": 2, "size": 20},
-         "wide group": {"heads": 8, "kv_heads": 1, "size": 16}, "latent": {"heads": 4, "rank": 48, "rope": 16}}  # fmt: skip
+         "wide group": {"heads": 8, "kv_heads": 1, "size": 16},
+         "latent": {"heads": 4, "rank": 48, "rope": 16}}  # fmt: skip
 REFUSED = (Fail, InvalidArgument, RuntimeException)
 
 
@@ -99,7 +100,8 @@ def test_without_slots_the_caches_have_a_row_a_sequence():
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 @pytest.mark.parametrize("shape, scheme, groups", [
-    ((80, 1280), "int4", 40), ((40, 1280), "int8", 1), ((33, 96), "int4", 3), ((20, 40), "int4", 5), ((37, 301), "int8", 1),
+    ((80, 1280), "int4", 40), ((40, 1280), "int8", 1), ((33, 96), "int4", 3), ((20, 40), "int4", 5),
+    ((37, 301), "int8", 1),
     ((33, 1152), "fp16", 1), ((21, 301), "bf16", 1),
 ])  # fmt: skip
 def test_few_rows_of_a_linear_are_each_alone(isa, mode, shape, scheme, groups, monkeypatch):

@@ -105,7 +105,8 @@ SLOTS_GRAPH = Graph(
      Port("past_length", "int64", ("batch",)), Port(CACHE_ROW, "int64", ("batch",)),
      Port("key_cache.0", "float32", ("slots", "capacity", 1, HIDDEN)),
      Port("value_cache.0", "float32", ("slots", "capacity", 1, 1))),
-    (Port("logits", "float32", ("batch", VOCAB)),), (CachePorts("key_cache.0", None), CachePorts("value_cache.0", None)))
+    (Port("logits", "float32", ("batch", VOCAB)),),
+    (CachePorts("key_cache.0", None), CachePorts("value_cache.0", None)))
 
 
 def vision_graph() -> onnx.GraphProto:

@@ -19,7 +19,8 @@ from vl2.runtime.cache_slots import CacheSlots, SlotCache
 from vl2.runtime.engine import Context, Step, run_steps
 
 SHORT = GenerationOptions(max_new_tokens=9, ignore_eos=True)
-ASKED = [[Message("user", text)] for text in ("Where is it?", "Why is that so, and since when?", "Where is it now?", "How?")]
+ASKED = [[Message("user", text)]
+         for text in ("Where is it?", "Why is that so, and since when?", "Where is it now?", "How?")]
 
 
 def filled(model, seed: int) -> Context:
