@@ -3,7 +3,8 @@
 Times one decode step of the decoder graph for batches of 1, 2, 4 and 8 sequences in interleaved rounds, each row with a
 token of its own, so that rows choose experts of their own. In bundles with slots (lowering `cpu`) the sequences are
 unequally long, half to one and a half times `--past`, and lie in rows of one buffer in any order; other graphs take
-equal lengths only: what they could gain at most. Prints a table of medians, then one JSON line.
+equal lengths only: what they could gain at most. Prints a table of medians, then one JSON line. Times are processor
+time with `--threads 1`, so that neighbours on the core count little, else time on the clock.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +55,7 @@ def step_feeds(model: Model, batch: int, past: int, caches: dict, rng: np.random
     return feeds | {name: cache[:batch] for name, cache in caches.items()} | sight, results
 
 
-def measure(model: Model, past: int, rounds: int) -> dict[int, float]:
+def measure(model: Model, past: int, rounds: int, clock: Callable[[], float]) -> dict[int, float]:
     """Median seconds a step by batch."""
     rng = np.random.default_rng(0)
     caches = make_caches(model, past, rng)
@@ -61,10 +63,10 @@ def measure(model: Model, past: int, rounds: int) -> dict[int, float]:
     for number in range(rounds + 1):
         for batch in BATCHES:
             feeds, results = step_feeds(model, batch, past, caches, rng)
-            start = time.perf_counter()
+            start = clock()
             model.engine.backend.run("decoder", feeds, results)
             if number:  # the first round warms up
-                seconds[batch].append(time.perf_counter() - start)
+                seconds[batch].append(clock() - start)
     return {batch: statistics.median(values) for batch, values in seconds.items()}
 
 
@@ -76,7 +78,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
     model = open_bundle(options.bundle, BundleOptions(threads=options.threads))
-    found = measure(model, options.past, options.rounds)
+    clock = time.process_time if options.threads == 1 else time.perf_counter
+    found = measure(model, options.past, options.rounds, clock)
     print(f"{options.bundle}, {options.past} positions\nbatch   ms a step   tokens/s   of batch 1")
     for batch, seconds in found.items():
         print(f"{batch:5} {seconds * 1e3:11.2f} {batch / seconds:10.1f} {batch * found[1] / seconds:11.2f}x")

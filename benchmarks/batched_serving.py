@@ -1,14 +1,16 @@
 """What several clients get of one server together: `python benchmarks/batched_serving.py BUNDLE`.
 
 Starts `vl2 serve` with `--batch 1` and `--batch 4`, asks each in turn with 4 clients at once, in interleaved rounds,
-and prints all tokens a second, the median time to the first token and the longest answer. Sampling at a high temperature
-with seeds of its own makes answers long and different; all servers give the same ones, which is checked.
+and prints all tokens a second, the median time to the first token, the longest answer. Sampling at a high temperature,
+each with a seed of its own, makes answers long and different; all servers give the same ones, which is checked.
+Tokens a second are of the clock, and of the server's processor time, which neighbours on the core change little.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -25,17 +27,23 @@ QUESTIONS = ("Read the text.", "What is the total?", "Locate the word Total.", "
 
 @contextmanager
 def server(bundle: Path, batch: int, threads: int):
-    """The URL of a server of its own."""
+    """URL and process id of a server of its own."""
     command = [sys.executable, "-c", "from vl2.cli import main; main()", "serve", str(bundle), "--port", "0",
                "--batch", str(batch), "--threads", str(threads), "--no-hash-check"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         while not (found := re.search(r"serving .* at (http://\S+)", process.stderr.readline())):
             assert process.poll() is None, "the server has ended"
-        yield found[1]
+        yield found[1], process.pid
     finally:
         process.terminate()
         process.wait()
+
+
+def processor_seconds(pid: int) -> float:
+    """What a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def ask(url: str, number: int, tokens: int) -> tuple[str, int, float, float]:
@@ -66,25 +74,28 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    rates, firsts, longest, texts = ({batch: [] for batch in options.batches} for _ in range(4))
+    rates, works, firsts, longest, texts = ({batch: [] for batch in options.batches} for _ in range(5))
     with ExitStack() as stack, ThreadPoolExecutor(options.clients) as clients:
         urls = {batch: stack.enter_context(server(options.bundle, batch, options.threads)) for batch in options.batches}
         for turn in range(options.rounds + 1):
-            for batch, url in urls.items():
+            for batch, (url, pid) in urls.items():
                 numbers = range(turn * options.clients, (turn + 1) * options.clients)
-                start = time.perf_counter()
+                start, work = time.perf_counter(), processor_seconds(pid)
                 answers = list(clients.map(lambda number, url=url: ask(url, number, options.tokens), numbers))
-                seconds = time.perf_counter() - start
+                seconds, work = time.perf_counter() - start, processor_seconds(pid) - work
                 texts[batch] += [answer[0] for answer in answers]
                 if turn:  # the first round warms up
-                    rates[batch].append(sum(answer[1] for answer in answers) / seconds)
+                    tokens = sum(answer[1] for answer in answers)
+                    rates[batch].append(tokens / seconds)
+                    works[batch].append(tokens / work)
                     firsts[batch] += [answer[2] for answer in answers]
                     longest[batch].append(max(answer[3] for answer in answers))
     assert len({tuple(found) for found in texts.values()}) == 1, "the servers gave different answers"
-    print(f"{options.bundle}, {options.clients} clients\nbatch   tokens/s   first token s   longest answer s")
-    found = {batch: [statistics.median(each[batch]) for each in (rates, firsts, longest)] for batch in options.batches}
-    for batch, (rate, first, last) in found.items():
-        print(f"{batch:5} {rate:10.1f} {first:15.2f} {last:18.2f}")
+    print(f"{options.bundle}, {options.clients} clients\nbatch   tokens/s   of processor   first token s   longest s")
+    results = (rates, works, firsts, longest)
+    found = {batch: [statistics.median(each[batch]) for each in results] for batch in options.batches}
+    for batch, (rate, work, first, last) in found.items():
+        print(f"{batch:5} {rate:10.1f} {work:14.1f} {first:15.2f} {last:11.2f}")
     print(json.dumps({"bundle": str(options.bundle), "clients": options.clients, "batches": found}))
 
 

@@ -46,8 +46,8 @@ _LIMITS = {"max_body": "body_bytes", "max_pixels": "pixels", "max_images": "imag
 @click.option("--request-seconds", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True,
               help="From a request's whole body to its last token.")
 @click.option("--batch", type=click.IntRange(1, 8), default=4, show_default=True,
-              help="Answers that are computed at once, their tokens together, where the bundle has the lowering cpu; each "
-              "is the one that it would be alone.")
+              help="Answers that are computed at once, their tokens together, where the bundle has the lowering cpu; "
+              "each is the one that it would be alone.")
 @click.option("--kv-cache", type=ByteSize(), default="512MiB", show_default=True,
               help="For conversations that are kept to go on with; those used longest ago go first.")
 @cache_options
