@@ -137,7 +137,10 @@ void run_feed_forward(const Device& d, const std::vector<Unit>& units, const Tok
   std::shared_ptr<Rows> single;
   if (tokens.count == 1) {
     single = std::make_shared<Rows>(tokens.x, tokens.hidden, Shape{1, int64_t(tokens.hidden)}, true);
-    prepare(d, units[0].part.gate_up, *single);
+    // by what any part wants, as with more tokens each is prepared by itself
+    const auto wants = [&](const Unit& unit) { return rounds(d.kernels, unit.part.gate_up); };
+    const auto first = std::find_if(units.begin(), units.end(), wants);
+    if (first != units.end()) prepare(d, first->part.gate_up, *single);
   }
   parallel_for(d.parallel, works.size(), [&](size_t i) {
     works[i].input = single;

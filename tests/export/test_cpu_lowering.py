@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -134,7 +134,7 @@ def layout_of(attributes: dict, op_type: str, prefix: str) -> Layout:
     return Layout(rows, columns, form[0].decode(), form[1], form[2].decode())
 
 
-@settings(max_examples=15)
+@settings(max_examples=10, phases=(Phase.explicit, Phase.generate))
 @given(lengths=st.lists(st.integers(1, 90), min_size=2, max_size=LARGEST_BATCH), threads=st.sampled_from((1, 2)),
        seed=st.integers(0, 99))
 def test_a_step_of_a_batch_has_the_bits_of_single_steps(exported, lengths: list[int], threads: int, seed: int) -> None:

@@ -11,6 +11,8 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, R
 
 from tests.plugins.attention_session import DTYPES, Arguments, Sizes, arguments, needs_library, reference, run
 from tests.plugins.operator_session import ISAS, node_session, random_matrix
+from tests.plugins.test_experts_operator import CASES, Case, Layer, inputs_of
+from tests.plugins.test_experts_operator import run as run_experts
 from tests.tolerances import ATTENTION, assert_close
 from vl2.errors import VL2Error
 
@@ -113,3 +115,24 @@ def test_few_rows_of_a_linear_are_each_alone(isa, mode, shape, scheme, groups, m
     each = np.concatenate([session.run(None, {"x": row[None]})[0] for row in x])
     for count in range(1, FEW_ROWS + 1):
         assert np.array_equal(session.run(None, {"x": x[:count]})[0], each[:count]), count
+
+
+def mixed_layer() -> tuple[Layer, dict]:
+    """Routed experts that no kernel rounds for, beside shared ones that some do, and the attributes that say so."""
+    layer = Layer(Case(96, 48, 8, 3, columns=16, shared=64))
+    layer.shared = Layer(Case(96, 48, 2, 1, scheme="int8", columns=32, shared=64)).shared
+    return layer, {f"shared_{part}{key}": value for part in ("", "down_")
+                   for key, value in (("scheme", "int8"), ("group_size", 32))}  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("name", ["base", "small", "odd sizes", "odd floats", "mixed"])
+def test_few_tokens_of_the_experts_are_each_alone(isa, mode, name, monkeypatch):
+    monkeypatch.setenv("VL2_CPU_ISA", isa)
+    layer, changes = mixed_layer() if name == "mixed" else (Layer(CASES[name]), {})
+    session = layer.session(mode, **changes)
+    x, logits = inputs_of(layer.case, FEW_ROWS)
+    each = np.concatenate([run_experts(session, x[i : i + 1], logits[i : i + 1]) for i in range(FEW_ROWS)])
+    for count in range(2, FEW_ROWS + 1):
+        assert np.array_equal(run_experts(session, x[:count], logits[:count]), each[:count]), count
