@@ -216,18 +216,20 @@ class Worker:
 
 
 class _Turns:
-    """Between the parts of one job's prompt: as much time for the others' steps as the parts have taken."""
+    """Between the parts of one job's prompt: a step of the others, and more until they have had as much time."""
 
     def __init__(self, step: Callable[[], bool]):
         self._step, self._began, self._others = step, time.monotonic(), 0.0
 
     def give(self) -> None:
         """Runs steps until both have had as much, or nobody else runs."""
-        while self._others < time.monotonic() - self._began - self._others:
+        others_behind = True
+        while others_behind:
             start = time.monotonic()
             if not self._step():
                 return
             self._others += time.monotonic() - start
+            others_behind = self._others < time.monotonic() - self._began - self._others
 
 
 def _why(job: Job, error: Exception) -> Outcome:
