@@ -86,8 +86,7 @@ class Port:
 class CachePorts:
     """An input that takes past entries and the output that gives the new ones.
 
-    new None: the input is a whole buffer [batch or slots, capacity, …], into which the graph writes the new entries
-    itself.
+    new None: the input is a whole buffer [batch or slots, capacity, …], which the graph writes itself.
     """
 
     past: str
@@ -233,10 +232,7 @@ def check_sizes(folder: str | os.PathLike, manifest: Manifest) -> None:
 
 
 def check_files(
-    folder: str | os.PathLike,
-    manifest: Manifest,
-    progress: Progress | None = None,
-    cache: HashCache | None = None,
+    folder: str | os.PathLike, manifest: Manifest, progress: Progress | None = None, cache: HashCache | None = None
 ) -> None:
     """As `check_sizes`, then every sha256; big files that have not changed since they last passed are not read.
 
