@@ -51,7 +51,7 @@ def run_helper(exchange: Exchange, plan, schedule, shape: Shape, sizes: dict[str
         with torch.no_grad():
             own.working.copy_(exchange.weights)
         own.grad.zero_()
-        batch_loss(own.weights, shape, batch, plan.tower_weight, step >= plan.tower_steps).loss.backward()
+        batch_loss(own.weights, shape, batch, plan.aims(step)).loss.backward()
         while exchange.ready and os.getppid() == parent:
             time.sleep(0.01)
         if os.getppid() != parent:

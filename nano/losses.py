@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vl2.nano.batches import IMAGE_START, Batch
 from vl2.nano.geometry import CELLS
+from vl2.nano.ideal import ideal_distance, ideal_views
 from vl2.nano.labels import BLANK, CLASSES, SLOTS
 from vl2.nano.network import Shape, SideLosses, Weights, assemble, decoder, project, tower
 
@@ -18,6 +19,7 @@ BALANCE_WEIGHT = 0.01
 POINTING_WEIGHT = 1.0
 PLACING_WEIGHT = 5.0  # of a distance in shares of the image's sides, which is to come below 0.02
 BLANK_WEIGHT = 0.3
+IDEAL_NOISE = 0.1  # on ideal tokens, so that a decoder takes those of a real tower too
 LOCAL_START = IMAGE_START + CELLS * (CELLS + 1) + 1  # behind the global view and the separator
 
 
@@ -30,6 +32,18 @@ def auxiliary_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     for name, (outs, ins) in sizes.items():
         shapes |= {f"auxiliary.{name}.weight": (outs, ins), f"auxiliary.{name}.bias": (outs,)}
     return shapes
+
+
+@dataclass(frozen=True)
+class Aims:
+    """language: answers count, else the tower's labels alone. tower: weight of these labels beside answers.
+
+    ideal: weight of the distance of image tokens from ideal ones, whose variance is about one.
+    """
+
+    language: bool
+    tower: float = 1.0
+    ideal: float = 0.0
 
 
 @dataclass
@@ -61,11 +75,20 @@ def tower_loss(w: Weights, tokens: Tensor, features: Tensor, batch: Batch) -> tu
     return total + 2 * distance, parts
 
 
-def batch_loss(w: Weights, shape: Shape, batch: Batch, tower_weight: float, language: bool) -> Outcome:
-    """All losses of a batch; without `language` only the tower's."""
+def decoder_loss(w: Weights, shape: Shape, batch: Batch) -> Outcome:
+    """The decoder's losses on ideal image tokens; no tower runs."""
+    views = ideal_views(batch, shape.language["hidden_size"])
+    dtype = w["image_newline"].dtype
+    noisy = [(view + IDEAL_NOISE * torch.randn(view.shape)).to(dtype) for view in views]
+    answers, exact, side = _answer_loss(w, shape, batch, assemble(w, *noisy))
+    return Outcome(_language_loss(answers, side), _language_parts(answers, side), exact)
+
+
+def batch_loss(w: Weights, shape: Shape, batch: Batch, aims: Aims) -> Outcome:
+    """All losses of a batch that `aims` asks for."""
     wide, high = batch.crop
     pages, views = batch.tiles.shape[:2]
-    if not language and views > 1:
+    if not aims.language and views > 1:
         batch_tiles = batch.tiles[:, 1:]
     else:
         batch_tiles = batch.tiles
@@ -73,18 +96,26 @@ def batch_loss(w: Weights, shape: Shape, batch: Batch, tower_weight: float, lang
     features = project(w, tokens)
     tokens = tokens.unflatten(0, (pages, -1))
     features = features.unflatten(0, (pages, -1))
-    local = slice(1, None) if language and views > 1 else slice(None)
+    local = slice(1, None) if aims.language and views > 1 else slice(None)
     loss, parts = tower_loss(w, tokens[:, local].flatten(0, 1), features[:, local].flatten(0, 3), batch)
-    if not language:
+    if aims.ideal:
+        off = ideal_distance(features[:, local].flatten(2, 3), batch)
+        loss, parts = loss + aims.ideal * off, parts | {"ideal": off.item()}
+    if not aims.language:
         return Outcome(loss, parts, {})
     grid = features[:, local].unflatten(1, (high, wide))
     answers, exact, side = _answer_loss(w, shape, batch, assemble(w, features[:, 0], grid))
-    parts |= {"answers": answers.item(), "balance": side.balance.item(), "pointing": side.pointing.item(),
-              "pointed": side.pointed, "found": side.found}
-    parts["placing"] = float(torch.as_tensor(side.placing).detach())
-    total = answers + BALANCE_WEIGHT * side.balance + POINTING_WEIGHT * side.pointing + tower_weight * loss
-    total = total + PLACING_WEIGHT * side.placing
-    return Outcome(total, parts, exact)
+    return Outcome(_language_loss(answers, side) + aims.tower * loss, parts | _language_parts(answers, side), exact)
+
+
+def _language_loss(answers: Tensor, side: SideLosses) -> Tensor:
+    return (answers + BALANCE_WEIGHT * side.balance + POINTING_WEIGHT * side.pointing
+            + PLACING_WEIGHT * side.placing)
+
+
+def _language_parts(answers: Tensor, side: SideLosses) -> dict[str, float]:
+    return {"answers": answers.item(), "balance": side.balance.item(), "pointing": side.pointing.item(),
+            "pointed": side.pointed, "found": side.found, "placing": float(torch.as_tensor(side.placing).detach())}
 
 
 def _answer_loss(w: Weights, shape: Shape, batch: Batch, image: Tensor):

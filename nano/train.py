@@ -1,7 +1,8 @@
 """Trains vl2-nano from nothing: `python -m vl2.nano.train --out DIR`.
 
-Stage 1 teaches the tower alone to tell glyphs; stage 2 trains everything on question and answer pages, beside each
-batch of which goes a dense one for the tower. A run that was ended resumes at its last state (DIR/state.pt); a finished
+Stage 1 teaches the tower alone to tell glyphs, and beside it, where `decoder_steps` says so, the decoder alone on ideal
+image tokens; stage 2 trains everything on question and answer pages, beside each batch of which goes a dense one for
+the tower. A run that was ended resumes at its last state (DIR/state.pt); a finished
 one leaves DIR/checkpoint.
 """
 
@@ -10,13 +11,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +33,14 @@ from vl2.nano.batches import (
     batch_stream,
 )
 from vl2.nano.checkpoint_files import read_state, training_values, write_checkpoint
+from vl2.nano.decoder_stage import decoder_process, decoder_values
 from vl2.nano.geometry import config_dict
 from vl2.nano.helper import Exchange, run_helper
-from vl2.nano.losses import Outcome, auxiliary_shapes, batch_loss
+from vl2.nano.losses import Aims, Outcome, auxiliary_shapes, batch_loss
 from vl2.nano.muon import Muon
 from vl2.nano.network import Shape
 from vl2.nano.parameters import FlatParameters, initial_values, parameter_shapes
+from vl2.nano.training_log import Log
 
 # glibc returns large blocks to the system by default; page faults then take seven eighths of the time.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456",
@@ -59,6 +60,7 @@ class Plan:
 
     variant: str = "mha"
     tower_steps: int = 690
+    decoder_steps: int = 0
     easy_steps: int = 460
     steps: int = 4300
     decay_steps: int = 2100
@@ -77,6 +79,12 @@ class Plan:
         warm = min(1.0, (since + 1) / self.warmup_steps)
         decay = min(1.0, max(0.02, (self.steps - step) / self.decay_steps))
         return (self.tower_rate if tower else self.joint_rate) * warm * decay
+
+
+    def aims(self, step: int) -> Aims:
+        """What step `step` is to learn: the tower alone, and ideal image tokens where a decoder learns on them."""
+        tower = step < self.tower_steps
+        return Aims(not tower, self.tower_weight, 1.0 if tower and self.decoder_steps else 0.0)
 
 
 def schedule(plan: Plan, index: int) -> tuple[dict, dict]:
@@ -125,6 +133,14 @@ class Trainer:
         self.average.copy_(self.master.data)
         self.parameters.refresh()
 
+    def adopt(self, values: dict[str, torch.Tensor]) -> None:
+        """Takes over parameters that another process has trained, in the average as well."""
+        for vector in (self.master.data, self.average):
+            mine = self.parameters.named(vector)
+            for name, value in values.items():
+                mine[name].copy_(value)
+        self.parameters.refresh()
+
     def save(self) -> None:
         """Writes DIR/state.pt beside and renames it into place."""
         state = {"plan": dataclasses.asdict(self.plan), "step": self.step, "pages": self.pages,
@@ -146,10 +162,10 @@ class Trainer:
         """One optimizer step; `dense` is a second batch of which only the tower's loss counts. Returns the first's."""
         plan, flat = self.plan, self.parameters
         flat.grad.zero_()
-        outcome = batch_loss(flat.weights, self.shape, batch, plan.tower_weight, self.step >= plan.tower_steps)
+        outcome = batch_loss(flat.weights, self.shape, batch, plan.aims(self.step))
         outcome.loss.backward()
         if dense is not None:
-            second = batch_loss(flat.weights, self.shape, dense, plan.tower_weight, language=False)
+            second = batch_loss(flat.weights, self.shape, dense, Aims(language=False))
             (second.loss * plan.tower_weight).backward()
             outcome.parts |= {f"dense_{name}": second.parts[name] for name in ("patches", "slots")}
         self.master.grad = self._with_help(flat.grad.float())
@@ -180,36 +196,6 @@ class Trainer:
         return gradient
 
 
-class Log:
-    """Means over the steps since the last line; one JSON object a line in DIR/log.jsonl, short text on stderr."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._clear()
-
-    def _clear(self) -> None:
-        self.values: dict[str, list[float]] = defaultdict(list)
-        self.right: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-
-    def add(self, outcome, crop: tuple[int, int]) -> None:
-        for name, value in outcome.parts.items():
-            self.values[name].append(value)
-        for task, (right, asked) in outcome.exact.items():
-            for key in (task, f"all {crop[0]}x{crop[1]}"):
-                self.right[key][0] += right
-                self.right[key][1] += asked
-
-    def write(self, trainer: Trainer, pages_per_second: float) -> None:
-        means = {name: round(sum(values) / len(values), 4) for name, values in self.values.items()}
-        exact = {task: round(right / asked, 3) for task, (right, asked) in sorted(self.right.items())}
-        line = {"step": trainer.step, "pages": trainer.pages, "minutes": round(trainer.seconds / 60, 1),
-                "pages_per_second": round(pages_per_second, 1), **means, "exact": exact}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(json.dumps(line), file=sys.stderr, flush=True)
-        self._clear()
-
-
 @dataclass(frozen=True)
 class Resources:
     """workers: rendering processes; helper: a second process adds gradients; start: run or checkpoint to go on from."""
@@ -233,9 +219,16 @@ def train(plan: Plan, out: Path, resources: Resources = Resources()) -> Trainer:
     dense = batch_stream(pages_of + "-dense", dense_schedule, trainer.step, 1)
     last_save = last = time.monotonic()
     since, pages = last, trainer.pages
+    decoder = decoder_process(plan, out) if plan.decoder_steps and trainer.step <= plan.tower_steps else None
     ended: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
     while trainer.step < plan.steps and not ended:
+        if decoder is not None and trainer.step == plan.tower_steps:
+            decoder.join(1.0)
+            if decoder.is_alive():
+                continue
+            trainer.adopt(decoder_values(out, decoder.exitcode))
+            decoder = None
         batch = next(batches)
         second = next(dense) if trainer.step >= plan.tower_steps and trainer.step % plan.dense_every == 0 else None
         log.add(trainer.update(batch, second), batch.crop)
@@ -248,6 +241,8 @@ def train(plan: Plan, out: Path, resources: Resources = Resources()) -> Trainer:
         if now - last_save > 120 or ended or trainer.step in (plan.steps, plan.tower_steps):
             trainer.save()
             last_save = now
+    if decoder is not None:
+        decoder.terminate()
     return trainer
 
 
