@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import anyio
 from starlette.datastructures import Headers
 from starlette.types import Receive
 
@@ -67,8 +68,10 @@ async def read_body(headers: Headers, receive: Receive, limits: Limits, account:
     while more:
         patience = min(limits.stall_seconds, end - clock())
         try:
-            message = await asyncio.wait_for(receive(), patience)
-        except asyncio.TimeoutError as error:
+            # asyncio.wait_for of Python 3.10 and 3.11 may swallow a cancellation.
+            with anyio.fail_after(patience):
+                message = await receive()
+        except TimeoutError as error:
             raise ApiError(408, "the body did not come in time") from error
         if message["type"] == "http.disconnect":
             raise client_left()

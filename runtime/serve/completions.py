@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
+import anyio
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import Message as AsgiMessage
@@ -125,8 +126,9 @@ def _patient(send: Send, settings: ServeSettings) -> Send:
 
     async def send_in_time(message: AsgiMessage) -> None:
         try:
-            await asyncio.wait_for(send(message), settings.limits.stall_seconds)
-        except asyncio.TimeoutError as error:
+            with anyio.fail_after(settings.limits.stall_seconds):
+                await send(message)
+        except TimeoutError as error:
             raise client_left() from error
 
     return send_in_time
