@@ -33,6 +33,7 @@ class ScriptedModel:
     """Answers by keyword, in pieces; `asked` are the conversations, `going` lets a slow answer go on."""
 
     backend = "scripted"
+    largest_batch = 1
 
     def __init__(self):
         geometry = ImageGeometry(384, 14, 2, ((384, 384), (768, 384), (384, 768)))
