@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import weakref
@@ -32,8 +33,9 @@ class Slab:
             dtype, entry = np.dtype(ports[pair.past].dtype), ports[pair.past].shape[2:]
             size = slots * capacity * math.prod(entry) * dtype.itemsize
             mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-            # A huge page would take two megabytes for the first position.
-            mapped.madvise(mmap.MADV_NOHUGEPAGE)
+            # A huge page would take two megabytes for the first position; a kernel without them refuses the advice.
+            with contextlib.suppress(OSError, AttributeError):
+                mapped.madvise(mmap.MADV_NOHUGEPAGE)
             self._maps[pair.past] = mapped
             self.buffers[pair.past] = np.frombuffer(mapped, dtype).reshape(slots, capacity, *entry)
         self.capacity = capacity

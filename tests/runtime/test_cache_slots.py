@@ -94,6 +94,14 @@ def test_address_space_that_is_refused_is_asked_for_in_smaller_parts(monkeypatch
     assert error.value.hint
 
 
+def test_a_kernel_without_huge_pages_gives_slots_all_the_same(monkeypatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_NOHUGEPAGE", 999)
+    with pytest.raises(OSError), mmap.mmap(-1, mmap.PAGESIZE) as mapped:
+        mapped.madvise(mmap.MADV_NOHUGEPAGE)
+    slab, slot = CacheSlots(SLOTS_GRAPH, 64).take()
+    assert slab.capacity == 64 and slot not in slab.free and len(slab.free) > 1
+
+
 def test_positions_beyond_the_model_are_refused(shared_bundle: Path) -> None:
     with pytest.raises(VL2Error, match="701 positions were asked for, and the model holds 700"):
         SlotCache(CacheSlots(SLOTS_GRAPH, 700)).reserve(701)
