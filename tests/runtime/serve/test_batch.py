@@ -130,8 +130,9 @@ def test_who_leaves_takes_nobody_along(served, shared_bundle: Path) -> None:
         task = asyncio.ensure_future(client._request("POST", CHAT, {"json": question("Where?", max_tokens=200)}))
         await asyncio.to_thread(backend.reached.wait, PATIENCE)
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await asyncio.sleep(0.1)
         backend.gate.set()
+        await asyncio.gather(task, return_exceptions=True)
 
     staying = [Asking(client, question("Why?", max_tokens=80)) for _ in range(2)]
     asyncio.run(ask_and_leave())
