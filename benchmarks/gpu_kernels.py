@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,20 +56,29 @@ class Gpu:
         self._free([*buffers.values(), workspace])
         return results
 
+    @staticmethod
+    def copies(case: Case) -> int:
+        """How many sets of buffers no cache holds."""
+        return max(1, min(_MOST_COPIES, _ROTATED_BYTES // max(case.read_bytes, 1)))
+
     def seconds(self, case: Case, rounds: int) -> float:
         """The median time of one run over `rounds` replays of a graph of many."""
-        copies = max(1, min(_MOST_COPIES, _ROTATED_BYTES // max(case.read_bytes, 1)))
-        made = [self._upload(case) for _ in range(copies)]
+        copies = self.copies(case)
+        return self.step_seconds([case] * copies, rounds) / copies
+
+    def step_seconds(self, cases: Sequence[Case], rounds: int) -> float:
+        """The median time of all of them in order, in one graph, each with buffers of its own."""
+        made = [(case, *self._upload(case)) for case in cases]
         mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call("cuStreamBeginCapture", self._stream, mode)
-        for buffers, workspace in made:
+        for case, buffers, workspace in made:
             self._launcher.run(case.plan, buffers, workspace, self._stream)
         graph = self._call("cuGraphInstantiate", self._call("cuStreamEndCapture", self._stream), 0)
         elapsed = self._timed(lambda: self._call("cuGraphLaunch", graph, self._stream), rounds)
         self._call("cuGraphExecDestroy", graph)
-        for buffers, workspace in made:
+        for _, buffers, workspace in made:
             self._free([*buffers.values(), workspace])
-        return elapsed / copies
+        return elapsed
 
     def copy_bytes_per_second(self, rounds: int) -> float:
         """Bytes read and written by a second of a large copy on the device."""
