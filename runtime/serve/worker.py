@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,7 +68,8 @@ class _Running:
 class Worker:
     """Runs jobs in a thread of its own, up to `batch` of them at once: a decode step takes all of them one token on.
 
-    A job's prompt is computed between the steps of those that run; both get half of the time each. batch: at most what
+    A job's images are decoded beside, its prompt is computed between the steps of those that run; both get half of the
+    time each. batch: at most what
     the model takes, of which each answer is the one that it would be alone.
     """
 
@@ -76,6 +78,7 @@ class Worker:
         self._batch = min(batch, model.largest_batch)
         self._queue: FairQueue[Job] = FairQueue(limits.queued, limits.queued_per_client)
         self._thread = threading.Thread(target=self._run, name="vl2-model", daemon=True)
+        self._decoder = ThreadPoolExecutor(1, "vl2-decode")
         self._running: list[_Running] = []
         self._beginning: Job | None = None
         self._held: _Running | None = None  # for which there was no memory beside the others
@@ -123,6 +126,7 @@ class Worker:
             job.end(_shutting_down())
         if self._thread.is_alive():
             self._thread.join(seconds)
+        self._decoder.shutdown(wait=False)
 
     def _run(self) -> None:
         while self._take_job() or self._running:
@@ -152,7 +156,7 @@ class Worker:
             if job.ended is not None:
                 raise _Ended
             try:
-                job.stream = self._model.complete(_messages(job), job.options)
+                job.stream = self._model.complete(self._decoded(job), job.options)
             except VL2Error as error:
                 raise refused(error, "messages") from error
             if job.ended is not None:
@@ -161,6 +165,15 @@ class Worker:
         except Exception as error:
             job.channel.finish(_why(job, error))
             return None
+
+    def _decoded(self, job: Job) -> list[Message]:
+        """The job's messages; while another thread decodes their images, those that run go on."""
+        if not self._running or not job.images:
+            return _messages(job)
+        messages = self._decoder.submit(_messages, job)
+        while not messages.done() and self._others_step():
+            pass
+        return messages.result()
 
     def _has_room(self, held: _Running) -> bool:
         return self._model.has_room([run.stream for run in (*self._running, held)])

@@ -14,6 +14,7 @@ from tests.runtime.serve.conftest import CHAT, PATIENCE, GatedSlots, InMemory, d
 from tests.runtime.small_bundle import SlotsBackend, numpy_model_of, slots_model_of
 from vl2.errors import VL2Error
 from vl2.runtime import AnswerStream
+from vl2.runtime.serve import worker
 
 BODIES = [
     question("What is shown?", data_url(png()), max_tokens=20),
@@ -54,6 +55,17 @@ def wait_until(holds) -> None:
 def gated_slots(bundle: Path) -> tuple[Any, GatedSlots]:
     backend = GatedSlots()
     return slots_model_of(bundle, backend), backend
+
+
+def beside_the_first(client: InMemory, backend: GatedSlots, body: dict[str, Any]) -> tuple[Asking, Asking]:
+    """A long answer that stands after three steps until the request of `body` waits beside it; then both go on."""
+    backend.shut_after = 3
+    first = Asking(client, question("Why?", max_tokens=300))
+    assert backend.reached.wait(PATIENCE)
+    second = Asking(client, body)
+    wait_until(lambda: client.service.worker.waiting() == 1)
+    backend.gate.set()
+    return first, second
 
 
 def choice(response) -> dict[str, Any]:
@@ -118,6 +130,32 @@ def test_a_new_prompt_is_computed_between_the_steps_of_the_others(served, shared
     chunks = [index for index, size in enumerate(sizes) if size > 1]
     between = [1 in sizes[start:end] for start, end in zip(chunks, chunks[1:], strict=False)]
     assert len(chunks) >= 5 and any(between), "a decode step stands between two chunks"
+
+
+def test_images_are_decoded_while_the_others_go_on(served, shared_bundle: Path, monkeypatch) -> None:
+    model, backend = gated_slots(shared_bundle)
+    client = served(model=model, batch=2)
+    alone = choice(client.ask(BODIES[0]))
+    decode, at_decoding = worker.decode, []
+
+    def slow(content: bytes):
+        at_decoding.append(len(backend.batches))
+        wait_until(lambda: len(backend.batches) >= at_decoding[0] + 5)
+        return decode(content)
+
+    monkeypatch.setattr(worker, "decode", slow)
+    first, second = beside_the_first(client, backend, BODIES[0])
+    assert choice(second.result()) == alone and at_decoding
+    choice(first.result())
+
+
+def test_a_broken_image_ends_its_own_job_only(served, shared_bundle: Path) -> None:
+    model, backend = gated_slots(shared_bundle)
+    client = served(model=model, batch=2)
+    alone = choice(client.ask(question("Why?", max_tokens=300)))
+    first, broken = beside_the_first(client, backend, question("What?", data_url(png((300, 200))[:400])))
+    assert broken.result().status_code == 400 and "truncated" in broken.result().text
+    assert choice(first.result()) == alone
 
 
 def test_who_leaves_takes_nobody_along(served, shared_bundle: Path) -> None:
