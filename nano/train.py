@@ -80,7 +80,6 @@ class Plan:
         decay = min(1.0, max(0.02, (self.steps - step) / self.decay_steps))
         return (self.tower_rate if tower else self.joint_rate) * warm * decay
 
-
     def aims(self, step: int) -> Aims:
         """What step `step` is to learn: the tower alone, and ideal image tokens where a decoder learns on them."""
         tower = step < self.tower_steps

@@ -45,7 +45,6 @@ class Engine:
         files = sorted((name, facts.sha256) for name, facts in self.manifest.files.items())
         return sha256(repr((__version__, files, self.backend.description)).encode()).digest()
 
-
     @cached_property
     def largest_batch(self) -> int:
         """How many sequences may decode together, each with the answer that it would give alone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,6 @@ def test_a_new_prompt_is_computed_between_the_steps_of_the_others(served, shared
     complete = model.complete
 
     def in_small_chunks(messages, options):
-        from dataclasses import replace
         return complete(messages, replace(options, prefill_chunk=8))
 
     monkeypatch.setattr(model, "complete", in_small_chunks)
