@@ -15,7 +15,7 @@ from vl2.accuracy.table import Table
 from vl2.accuracy.tables import tables_of
 
 REPORT_NAME = "report.json"
-_NO_PLOTS = "matplotlib is not installed, so this page has no plots: pip install 'vl2-edge[report]'."
+_NO_PLOTS = "matplotlib is not installed, so this page has no plots: pip install '.[report]' in vl2's folder."
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; display: block; overflow-x: auto; }

@@ -194,7 +194,7 @@ def _driver() -> str:
     return f"the CUDA driver finds no GPU ({status.name})" if int(status) else ""
 
 
-_RTX = _module("tensorrt_rtx", "pip install 'vl2-edge[engine]'")
+_RTX = _module("tensorrt_rtx", "pip install '.[engine]'")
 # What is checked, and what each needs: functions that give what is missing, or nothing.
 CHECKS: dict[Callable[[Run], dict], Sequence[Callable[[], str]]] = {
     kernels: (_driver,),

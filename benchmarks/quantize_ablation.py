@@ -3,7 +3,7 @@
     python benchmarks/quantize_ablation.py                                    # vl2-nano on its held-out questions
     python benchmarks/quantize_ablation.py CHECKPOINT DATA.jsonl --calib CALIBRATION_DATA --questions 100
     python benchmarks/quantize_ablation.py --outliers                         # the same model with loud channels
-    python benchmarks/quantize_ablation.py --baselines --recipes int4 int8    # and bitsandbytes, `vl2-edge[baselines]`
+    python benchmarks/quantize_ablation.py --baselines --recipes int4 int8    # and bitsandbytes, `.[baselines]`
 
 Reference: the checkpoint in float32 through the PyTorch model, teacher-forced on the data's answers. KLD is of the next
 token's distribution, in nats. Prints a Markdown table; `--json FILE` keeps the figures. Finished rows are kept in

@@ -75,6 +75,10 @@ class Checkpoint:
         if weight.expert is not None:
             names = names[weight.expert : weight.expert + 1]
         if len(names) > 1:
+            # a block of experts is read without the others
+            if layout and layout[0][0] == "narrow" and layout[0][1][0] == 0:
+                _, start, count = layout[0][1]
+                names, layout = names[start : start + count], layout[1:]
             return arrange(torch.stack([read(name, None) for name in names]), layout)
         if layout and layout[0][0] == "narrow" and layout[0][1][0] == 0:
             rows, layout = layout[0][1][1:], layout[1:]

@@ -19,7 +19,7 @@ try:
     from optimum.exporters.base import ExporterConfig
     from optimum.exporters.tasks import TasksManager
 except ImportError as error:
-    raise VL2Error(f"optimum cannot be imported: {error}", "pip install 'vl2-edge[optimum]'") from error
+    raise VL2Error(f"optimum cannot be imported: {error}", "pip install '.[optimum]' in vl2's folder") from error
 
 MODEL_TYPE, TASK = "deepseek_vl_v2", "image-text-to-text"
 Axes = dict[str, dict[int, str]]

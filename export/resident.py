@@ -1,23 +1,17 @@
-"""The memory of a parity run, checked before it begins. Linux only."""
+"""The memory of a parity run, checked before it begins."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from vl2.errors import VL2Error
-
-_MEMORY = Path("/proc/meminfo")
+from vl2.memory import available_bytes
 
 
 def check_memory(needed_bytes: int) -> None:
-    """Raises VL2Error when the system has less memory available than a parity run needs."""
-    if not _MEMORY.exists():
-        return
-    line = next(line for line in _MEMORY.read_text().splitlines() if line.startswith("MemAvailable"))
-    available_bytes = int(line.split()[1]) * 1024
-    if available_bytes < needed_bytes:
+    """Raises VL2Error when the system, or the container, has less memory available than a parity run needs."""
+    available = available_bytes()
+    if available < needed_bytes:
         raise VL2Error(
             f"comparing the bundle with the PyTorch model needs {needed_bytes / 1e9:.1f} GB of memory, "
-            f"{available_bytes / 1e9:.1f} GB are available",
+            f"{available / 1e9:.1f} GB are available",
             "end other programs, or give --no-verify: the export itself needs less than 1 GB",
         )

@@ -12,10 +12,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PATTERNS = ("*.json", "*.safetensors")
 
 
-def resolve_source(name_or_path: str | Path) -> Path:
+def resolve_source(name_or_path: str | Path, fetch: bool = True) -> Path:
     """The checkpoint folder: the path itself, or the hub's snapshot, fetched with progress, resumed where it broke off.
 
-    Raises VL2Error for a folder that does not exist and for a model that cannot be fetched.
+    fetch: whether a model that is not on this machine is fetched. Raises VL2Error for a folder that does not exist and
+    for a model that is not to be fetched or cannot be.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -26,7 +27,17 @@ def resolve_source(name_or_path: str | Path) -> Path:
         raise VL2Error(
             f"there is no folder {path}", "give a checkpoint folder, or a hub id such as deepseek-ai/deepseek-vl2-tiny"
         )
-    return _fetch(str(name_or_path))
+    return _fetch(str(name_or_path)) if fetch else _fetched(str(name_or_path))
+
+
+def _fetched(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(_PATTERNS), local_files_only=True))
+    except Exception as error:  # as in _fetch
+        raise VL2Error(f"`{hub_id}` is not on this machine, and a dry run fetches nothing",
+                       f"`vl2 plan {hub_id}` needs no weights; or fetch it first: hf download {hub_id}") from error
 
 
 def _fetch(hub_id: str) -> Path:

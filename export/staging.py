@@ -59,14 +59,21 @@ class Staging:
         return self._finished[name]
 
     def publish(self) -> None:
-        """Renames the folder to the bundle's place; an older bundle there is removed only afterwards."""
-        (self.folder / STATE_NAME).unlink()
+        """Renames the folder to the bundle's place; an older bundle there is removed only afterwards.
+
+        Raises VL2Error where that fails; the parts are then still resumed.
+        """
         older = self.out.parent / f".{self.out.name}.replaced"
-        if older.exists():
-            shutil.rmtree(older)
-        if self.out.exists():
-            os.rename(self.out, older)
-        os.rename(self.folder, self.out)
+        try:
+            if older.exists():
+                shutil.rmtree(older)
+            if self.out.exists():
+                os.rename(self.out, older)
+            os.rename(self.folder, self.out)
+        except OSError as error:
+            raise VL2Error(f"the finished bundle could not be renamed to {self.out}: {error.strerror or error}",
+                           f"mend that and start again: all parts lie in {self.folder}") from error
+        (self.out / STATE_NAME).unlink()
         _sync_folder(self.out.parent)
         if older.exists():
             shutil.rmtree(older)
@@ -92,6 +99,12 @@ def check_place(out: Path, force: bool) -> None:
     """Raises VL2Error unless a bundle may be written at `out`."""
     if not out.parent.is_dir():
         raise VL2Error(f"there is no folder {out.parent} to write {out.name} into", f"mkdir -p {out.parent}")
+    if out.is_symlink():
+        raise VL2Error(f"{out} is a symbolic link, and a bundle replaces what stands there",
+                       "give the folder that it names, or another --out")
+    if out.exists() and os.path.ismount(out):
+        raise VL2Error(f"{out} is a mount point, to which no finished folder can be renamed",
+                       f"give a folder in it, such as {out / 'model.bundle'}")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / MANIFEST_NAME).is_file():

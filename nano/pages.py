@@ -55,7 +55,7 @@ def font_folder() -> Path:
     spec = importlib.util.find_spec("matplotlib")
     if spec is None or not spec.submodule_search_locations:
         raise VL2Error("matplotlib is not installed; its DejaVu fonts draw the documents",
-                       "pip install 'vl2-edge[export]'")
+                       "pip install '.[export]' in vl2's folder")
     return Path(spec.submodule_search_locations[0]) / "mpl-data" / "fonts" / "ttf"
 
 

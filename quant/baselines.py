@@ -105,5 +105,5 @@ def _functional() -> ModuleType:
         import bitsandbytes.functional
     except ImportError as error:
         raise VL2Error("nf4 and bnb-int8 are computed by bitsandbytes, which cannot be imported here",
-                       "pip install 'vl2-edge[baselines]'") from error  # fmt: skip
+                       "pip install '.[baselines]' in vl2's folder") from error  # fmt: skip
     return bitsandbytes.functional

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vl2.runtime import memory
+from vl2 import memory
 
 # NumPy arrays; a cache is a buffer of the backend's own `cache_memory`.
 Arrays = Mapping[str, Any]

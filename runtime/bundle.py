@@ -10,13 +10,13 @@ from vl2.backends import ENGINE_LOWERING
 from vl2.engine_record import written_name
 from vl2.errors import VL2Error
 from vl2.manifest import CACHE_ROW, Manifest, Port, check_files, check_sizes, read_manifest
+from vl2.memory import require_memory
 from vl2.prompt import Processor
 from vl2.runtime.choice import choose_backend
 from vl2.runtime.embeddings import Embeddings
 from vl2.runtime.engine import Engine
 from vl2.runtime.image_cache import ImageCache
 from vl2.runtime.image_store import ImageStore
-from vl2.runtime.memory import require_memory
 from vl2.runtime.model import Model
 from vl2.runtime.options import BundleOptions
 

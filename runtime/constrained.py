@@ -44,7 +44,7 @@ def grammar_tokenizer(tokenizer: Tokenizer, vocab_size: int, eos_id: int) -> Any
         from llguidance import LLTokenizer
     except ImportError as error:
         raise VL2Error(f"answers with a constraint need the package llguidance: {error}",
-                       "pip install 'vl2-edge[constrained]'") from error
+                       "pip install '.[constrained]' in vl2's folder") from error
     return LLTokenizer(tokenizer.to_str(), n_vocab=vocab_size, eos_token=eos_id)
 
 

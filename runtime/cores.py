@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from vl2.runtime import cgroup
+from vl2 import cgroup
 
 _CPUS = Path("/sys/devices/system/cpu")
 

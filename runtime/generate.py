@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from vl2.errors import VL2Error
+from vl2.memory import peak_rss_bytes
 from vl2.prompt import Layout
 from vl2.runtime import grounding
 from vl2.runtime.answer import EOS, LENGTH, LOOP, STOP, Answer, Pieces, Progress
@@ -16,7 +17,6 @@ from vl2.runtime.constrained import Matcher
 from vl2.runtime.detokenize import TextStream
 from vl2.runtime.engine import Context, Engine, Step
 from vl2.runtime.logprobs import describe_token, log_probabilities
-from vl2.runtime.memory import peak_rss_bytes
 from vl2.runtime.options import GenerationOptions
 from vl2.runtime.prompt_embeds import PromptInputs
 from vl2.runtime.repetition import RepetitionGuard

@@ -87,6 +87,8 @@ def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
             return _to_rgb(source, name)
         with Image.open(source) as opened:
             return _to_rgb(opened, name)
+    except VL2Error:
+        raise
     except FileNotFoundError as error:
         raise VL2Error(f"{name}: no such image file", "give the path of an image") from error
     except IsADirectoryError as error:
@@ -95,7 +97,7 @@ def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
         raise VL2Error(f"{name}: not an image that Pillow can read", "convert it to PNG or JPEG") from error
     except Image.DecompressionBombError as error:
         raise VL2Error(f"{name}: {error}", "scale the image down; the model sees at most nine tiles") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Exception as error:  # Pillow's readers raise nearly anything for broken files
         raise VL2Error(f"{name}: the image is broken or truncated ({error})", "fetch or save it again") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,11 +59,14 @@ def _file_pages_bytes() -> int:
 
 
 def _mapped_ranges(folder: str) -> list[tuple[int, int]]:
-    """Address ranges of the folder's files. onnxruntime maps weights privately and never writes to them."""
+    """Address ranges of files right in the folder, as a bundle's are.
+
+    onnxruntime maps weights privately and never writes to them; libraries, which do, lie below or beside it.
+    """
     ranges = []
     for line in _MAPS.read_text().splitlines():
         fields = line.split(maxsplit=5)
-        if len(fields) == 6 and fields[5].startswith(folder):
+        if len(fields) == 6 and os.path.dirname(fields[5]) == folder:
             start, end = (int(address, 16) for address in fields[0].split("-"))
             ranges.append((start, end))
     return ranges

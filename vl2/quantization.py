@@ -110,6 +110,11 @@ def _check_section(name: str, values: Any, known: Mapping[str, tuple[Any, ...] |
 def _strings(name: str, values: Any) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise VL2Error(f"`{name}` is {values!r}, expected a list of module names")
+    for pattern in (value[3:] for value in values if value.startswith("re:")):
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise VL2Error(f"`{name}` has the pattern {pattern!r}, which is no regular expression: {error}") from error
     return tuple(values)
 
 

@@ -109,7 +109,9 @@ def _indexed_entries(folder: Path) -> dict[str, TensorEntry]:
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise VL2Error(f"cannot read {index}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise VL2Error(f"{index} is not a valid index: {error}", "expected JSON with a `weight_map` object") from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise VL2Error(f"{index} has an empty or malformed `weight_map`")
@@ -137,7 +139,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
         raise VL2Error(f"cannot read {path}: {error.strerror}") from error
     try:
         header = json.loads(text, object_pairs_hook=unique_keys)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise VL2Error(f"{path} has a broken header: {error}", "expected a safetensors file") from error
     if not isinstance(header, dict):
         raise VL2Error(f"{path} has a header of type {type(header).__name__}, expected a JSON object")
@@ -150,7 +152,7 @@ def _entry(name: str, value: Any, start: int, path: Path) -> TensorEntry:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise VL2Error(f"{where} has a malformed header entry {value!r}") from error
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise VL2Error(f"{where} has the unknown dtype {dtype!r}, expected one of {', '.join(DTYPE_BYTES)}")
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise VL2Error(f"{where} has a malformed shape or offset: {value!r}")

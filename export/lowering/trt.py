@@ -152,8 +152,11 @@ class _InputLinear:
 
     def __call__(self, scope: Scope, node: ir.Node) -> ir.Value:
         x, weight, bias = (*node.inputs, None)[:3]
+        y = self._product(scope, x, weight)
+        return y if bias is None else _float(scope.op("Add", [y, bias]))
+
+    def _product(self, scope: Scope, x: ir.Value, weight: ir.Value) -> ir.Value:
         size, inner = weight.shape
-        assert bias is None, f"{node.name}: no Linear of a decoder has a bias"
         if self._weights.is_packed(weight):
             inputs = [x, *self._weights.parts(weight)]
             return _float(_plugin(scope, "Linear", inputs, {"N": size, "K": inner, **self._weights.form(weight)}))

@@ -81,5 +81,7 @@ class TracedMoE(nn.Module):
         bias = self.gate.e_score_correction_bias if rule.topk_method == "noaux_tc" else None
         layers = (None,) * 3 if shared is None else (shared.gate_proj, shared.up_proj, shared.down_proj)
         weights = [None if layer is None else layer.weight for layer in layers]
-        fields = [kind(getattr(rule, name)) for name, kind in RULE.items()]
+        # greedy knows no groups, and a configuration may leave them out
+        unread = {"n_group": 1, "topk_group": 1} if rule.topk_method == "greedy" else {}
+        fields = [kind(unread.get(name, getattr(rule, name))) for name, kind in RULE.items()]
         return moe(flat, self.gate.logits(flat), *stacked, bias, *weights, *fields).view_as(x)

@@ -15,7 +15,7 @@ MODULES = {TENSORRT: "tensorrt", RTX: "tensorrt_rtx"}
 _INSTALL = {
     TENSORRT: "on a Jetson it comes with JetPack (`sudo apt install nvidia-jetpack`), elsewhere "
               "`pip install tensorrt` from NVIDIA's index",
-    RTX: "pip install 'vl2-edge[engine]'",
+    RTX: "pip install '.[engine]' in vl2's folder",
 }  # fmt: skip
 # TensorRT-RTX 1.7.1's parser opens this name where a graph has plugins; its wheel has the versioned file only, and the
 # process would end with "terminate called without an active exception".

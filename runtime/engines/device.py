@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from vl2 import memory
 from vl2.errors import VL2Error
 from vl2.plugins.tensorrt.launcher import call
-from vl2.runtime import memory
 
 _INSTALL = "pip install cuda-bindings (JetPack 6: 'cuda-bindings==12.*')"
 _NON_BLOCKING = 1

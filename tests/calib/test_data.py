@@ -275,6 +275,6 @@ def test_without_data_and_without_fonts_the_error_says_what_to_install(
     try:
         with pytest.raises(VL2Error, match="no calibration data were given.*matplotlib") as caught:
             read_data(None, processor, DataOptions(samples=2))
-        assert "vl2-edge[export]" in caught.value.hint and "data of your own" in caught.value.hint
+        assert "'.[export]'" in caught.value.hint and "data of your own" in caught.value.hint
     finally:
         font_folder.cache_clear()

@@ -53,4 +53,4 @@ def test_without_optimum_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "optimum.exporters.base", None)
     with pytest.raises(VL2Error) as refused:
         importlib.import_module("vl2.export.optimum_config")
-    assert "vl2-edge[optimum]" in refused.value.hint
+    assert "'.[optimum]'" in refused.value.hint

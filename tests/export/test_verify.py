@@ -12,7 +12,7 @@ import torch
 
 from tests.tolerances import SAME_LOGITS, assert_close
 from vl2.errors import VL2Error
-from vl2.export import ExportOptions, export_checkpoint, resident
+from vl2.export import ExportOptions, export_checkpoint
 from vl2.export.checkpoint import open_checkpoint
 from vl2.export.reference import StreamedModel
 from vl2.export.verify import verify_bundle
@@ -71,7 +71,7 @@ def test_pages_of_mapped_files_are_dropped_beyond_the_limit(tmp_path: Path) -> N
 def test_too_little_memory_for_the_parity_run_is_said_first(goldens: Path, tmp_path: Path, monkeypatch) -> None:
     memory = tmp_path / "meminfo"
     memory.write_text("MemTotal: 900000 kB\nMemAvailable: 300000 kB\n")
-    monkeypatch.setattr(resident, "_MEMORY", memory)
+    monkeypatch.setattr("vl2.memory._MEMINFO", memory)
     with pytest.raises(VL2Error, match="0.3 GB are available") as caught:
         export_checkpoint(goldens / "tiny-mini", tmp_path / "bundle", ExportOptions())
     assert "--no-verify" in caught.value.hint

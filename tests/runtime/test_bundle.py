@@ -99,7 +99,7 @@ def test_a_newer_schema_is_refused(bundle: Path, no_weight_is_read: list) -> Non
 
 def test_too_little_memory_is_refused_before_hashing_unless_asked_not_to(bundle: Path, no_weight_is_read: list,
                                                                          monkeypatch) -> None:
-    monkeypatch.setattr("vl2.runtime.memory.available_bytes", lambda: 1000.0)
+    monkeypatch.setattr("vl2.memory.available_bytes", lambda: 1000.0)
     monkeypatch.setattr("vl2.runtime.bundle.check_files", lambda *_: pytest.fail("hashed"))
     assert "of memory, 0.00 GB are available" in refusal(bundle, no_weight_is_read).message
     open_bundle(bundle, BundleOptions(check_memory=False, check_hashes=False))
@@ -107,12 +107,12 @@ def test_too_little_memory_is_refused_before_hashing_unless_asked_not_to(bundle:
 
 def test_enough_memory_is_the_size_of_the_graphs_weights(bundle: Path, monkeypatch) -> None:
     needed = sum((bundle / name).stat().st_size for name in ("decoder.data", "vision.data"))
-    monkeypatch.setattr("vl2.runtime.memory.available_bytes", lambda: float(needed))
+    monkeypatch.setattr("vl2.memory.available_bytes", lambda: float(needed))
     open_bundle(bundle)
-    monkeypatch.setattr("vl2.runtime.memory.available_bytes", lambda: needed - 1.0)
+    monkeypatch.setattr("vl2.memory.available_bytes", lambda: needed - 1.0)
     with pytest.raises(VL2Error, match="loading the weights of"):
         open_bundle(bundle)
-    monkeypatch.setattr("vl2.runtime.memory.available_bytes", lambda: math.inf)
+    monkeypatch.setattr("vl2.memory.available_bytes", lambda: math.inf)
     open_bundle(bundle)
 
 

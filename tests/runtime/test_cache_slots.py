@@ -148,7 +148,7 @@ def test_room_counts_what_running_answers_will_take_and_what_idle_ones_would_giv
     next_step(first)
     free = (first.positions + second.positions) * position - model._contexts.used_bytes
     for bytes_free, room in ((free, True), (free - 1, False)):
-        monkeypatch.setattr("vl2.runtime.memory.available_bytes", lambda bytes_free=bytes_free: bytes_free)
+        monkeypatch.setattr("vl2.memory.available_bytes", lambda bytes_free=bytes_free: bytes_free)
         assert model.has_room([first, second]) is room
     first.read()
     assert model.has_room([second])

@@ -160,4 +160,4 @@ def test_a_missing_package_is_an_error_that_says_how_to_install_it(shared_bundle
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(VL2Error, match="llguidance") as error:
         ask(numpy_model_of(shared_bundle), Constraint("boxes"))
-    assert "vl2-edge[constrained]" in error.value.hint
+    assert "'.[constrained]'" in error.value.hint

@@ -93,7 +93,7 @@ def test_where_memory_is_short_the_shared_prefix_is_continued_in_place(shared_bu
 def test_a_machine_short_of_memory_keeps_less_than_the_bound_allows(shared_bundle: Path, monkeypatch) -> None:
     model = pooled(shared_bundle, 3000)
     model.complete(about(0, "Where is it and what stands beside it on the left of the page?"), SHORT).read()
-    monkeypatch.setattr("vl2.runtime.memory.available_bytes", lambda: 100 * POSITION_BYTES)
+    monkeypatch.setattr("vl2.memory.available_bytes", lambda: 100 * POSITION_BYTES)
     assert model.complete(about(0, "Why?"), SHORT).read().reused_tokens > 93
     assert len(model._contexts._idle) == 1
     model.complete([Message("user", "river " * 25)], SHORT).read()

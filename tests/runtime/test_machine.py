@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from vl2 import cgroup, memory
 from vl2.errors import VL2Error
-from vl2.runtime import cgroup, cores, memory
+from vl2.runtime import cores
 from vl2.runtime.providers import CPU, CUDA, choose
 
 BOTH = frozenset({"onnxruntime", "onnxruntime-gpu"})

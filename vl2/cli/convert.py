@@ -28,7 +28,7 @@ def command(checkpoint: str, out: Path | None, dry_run: bool, force: bool, as_js
 
     if out is None and not dry_run:
         raise click.UsageError("Missing option '--out'.")
-    folder = workstation_half().resolve_source(checkpoint)
+    folder = workstation_half().resolve_source(checkpoint, fetch=not dry_run)
     from vl2.quant.convert import convert_checkpoint, plan_conversion
 
     if dry_run:

@@ -73,7 +73,7 @@ def command(checkpoint: str, out: Path | None, scheme: str | None, dry_run: bool
     target = values.pop("target")
     _check_usage(scheme, values, target)
     export = workstation_half()
-    source = export.resolve_source(checkpoint)
+    source = export.resolve_source(checkpoint, fetch=not dry_run)
     if target is not None:
         values["budget"] = _room(source, target, values)
     scheme = "int4" if values["budget"] is not None else scheme
@@ -101,7 +101,8 @@ def workstation_half() -> ModuleType:
         return importlib.import_module("vl2.export")
     except ModuleNotFoundError as error:
         raise VL2Error(f"exporting needs the Python package `{error.name}`, which is not installed",
-                       hint="pip install 'vl2-edge[export]'; a device that runs bundles needs none of it") from error
+                       hint="pip install '.[export]' in vl2's folder; a device that runs bundles needs none "
+                            "of it") from error
 
 
 def _room(source: Path, target: str, values: dict[str, Any]) -> int:

@@ -50,7 +50,7 @@ def command(checkpoint: str, scheme: str | None, calib: Path | None, out: Path |
         raise click.UsageError("Missing option '--out'.")
     budget = values.pop("budget")
     check_budget_usage(budget, scheme, values, calib)
-    folder = workstation_half().resolve_source(checkpoint)
+    folder = workstation_half().resolve_source(checkpoint, fetch=not dry_run)
     outer = {name: values[name] for name in ("vision", "head", "embeddings")}
     if budget is not None:
         values |= dict.fromkeys(outer)

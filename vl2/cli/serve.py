@@ -64,7 +64,7 @@ def command(bundle: Path, host: str, port: int, **choices: Any) -> None:
         from vl2.runtime.serve.tokens import read_tokens
     except ModuleNotFoundError as error:
         raise VL2Error(f"serving needs the package {error.name}, which is not installed",
-                       "pip install 'vl2-edge[serve]'") from error
+                       "pip install '.[serve]' in vl2's folder") from error
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     tokens = read_tokens(choices.pop("token_file"))
     settings = _settings(bundle, tokens, choices)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vl2.machine.check import MISSING, OK, Check
+from vl2.memory import available_bytes
 from vl2.runtime.cores import physical_cores
-from vl2.runtime.memory import available_bytes
 
 # The smallest full bundle (Tiny, int4) takes 2.3 GB of disk and, with a context of 2,048 tokens, 2.9 GB of memory.
 _ENOUGH_MEMORY, _ENOUGH_DISK = 2.9e9, 2.3e9

@@ -7,9 +7,9 @@ import os
 from vl2.errors import VL2Error
 from vl2.machine.cuda_driver import DriverError, Gpu, find_gpus
 from vl2.machine.rates import copy_bandwidth, matrix_rate
+from vl2.memory import available_bytes
 from vl2.planning.targets import LOCAL, Target
 from vl2.runtime.cores import physical_cores
-from vl2.runtime.memory import available_bytes
 
 _GIB = 1 << 30
 _GPU_USABLE_SHARE = 0.92

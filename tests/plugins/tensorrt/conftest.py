@@ -22,7 +22,7 @@ LINEAR_INPUTS = {"x": ("float16", ["tokens", 128]), "weight": ("int8", [64, 64])
 def rtx() -> str:
     """The flavour TensorRT-RTX; skips where it is not installed."""
     if not is_installed(RTX):
-        pytest.skip("tensorrt-rtx is not installed: pip install 'vl2-edge[engine]'")
+        pytest.skip("tensorrt-rtx is not installed: pip install '.[engine]'")
     return RTX
 
 

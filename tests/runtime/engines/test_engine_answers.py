@@ -211,9 +211,9 @@ def test_where_gpu_and_system_share_memory_the_page_cache_counts_as_free(tiny: P
     """On a Jetson the driver's figure leaves out what the kernel would give back; the system's does not."""
     with_engines(tiny)
     machine.driver.size_bytes, machine.driver.integrated = 1000, 1
-    monkeypatch.setattr("vl2.runtime.memory.available_bytes", lambda: 4e9)
+    monkeypatch.setattr("vl2.memory.available_bytes", lambda: 4e9)
     assert open_bundle(tiny, RTX).engine.backend.cache_memory.available_bytes() == 4e9
-    monkeypatch.setattr("vl2.runtime.memory.available_bytes", lambda: 1e6)
+    monkeypatch.setattr("vl2.memory.available_bytes", lambda: 1e6)
     with pytest.raises(VL2Error, match="0.00 GB are free"):
         open_bundle(tiny, RTX)
 

@@ -82,7 +82,7 @@ def test_a_tensorrt_that_is_not_installed_is_told_with_its_installation(tiny: Pa
     monkeypatch.setattr("vl2.runtime.engines.find.load_tensorrt", load_tensorrt)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     error = refusal(with_engines(tiny))
-    assert "tensorrt-rtx cannot be imported" in error.message and "vl2-edge[engine]" in error.hint
+    assert "tensorrt-rtx cannot be imported" in error.message and "'.[engine]'" in error.hint
 
 
 def test_cuda_bindings_that_are_not_installed_are_told(monkeypatch) -> None:

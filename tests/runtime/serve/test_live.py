@@ -202,4 +202,4 @@ def test_the_verb_names_the_extra_when_a_package_is_missing(capsys, monkeypatch)
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert run_command(cli, "vl2", ["serve", "no.bundle"]) == 1
-    assert "vl2-edge[serve]" in capsys.readouterr().err
+    assert "'.[serve]'" in capsys.readouterr().err

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from vl2 import cgroup
 from vl2.errors import VL2Error
-from vl2.runtime import cgroup
 
 _MEMINFO = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
