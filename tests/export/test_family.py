@@ -43,6 +43,17 @@ CASES: dict[str, tuple[str, Change]] = {
 }
 
 
+@pytest.mark.parametrize("lowering", ["cpu", "trt"])
+def test_biases_and_greedy_routing_that_names_no_groups_are_in_every_lowering(
+    goldens: Path, tmp_path: Path, lowering: str
+) -> None:
+    """The original's defaults: greedy routing reads no groups, whatever a configuration says of them."""
+    change = language(attention_bias=True, n_group=None, topk_group=None)
+    checkpoint = random_checkpoint(goldens / "tiny-mini", tmp_path / "checkpoint", change)
+    options = ExportOptions(scheme="fp16", lowering=lowering)
+    assert export_checkpoint(checkpoint, tmp_path / "bundle", options).verify["status"] == "passed"
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_unpublished_settings_are_exported_at_parity(goldens: Path, tmp_path: Path, case: str) -> None:
     name, change = CASES[case]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -104,6 +105,38 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(checkpoint: Path, tmp_path
     with pytest.raises(VL2Error, match="not a bundle"):
         export_checkpoint(checkpoint, tmp_path / "photos", ExportOptions(force=True))
     assert (tmp_path / "photos" / "cat.png").exists()
+
+
+def test_a_link_and_a_mount_point_are_refused_before_any_work(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "latest").symlink_to("volume")
+    with pytest.raises(VL2Error, match="latest is a symbolic link"):
+        export_checkpoint(checkpoint, tmp_path / "latest", OPTIONS)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "volume")
+    with pytest.raises(VL2Error, match="volume is a mount point"):
+        export_checkpoint(checkpoint, tmp_path / "volume", OPTIONS)
+    assert {path.name for path in tmp_path.iterdir()} == {"volume", "latest"}
+
+
+def test_a_finished_bundle_that_cannot_be_renamed_is_not_lost(tmp_path: Path, monkeypatch) -> None:
+    out, rename = tmp_path / "bundle", os.rename
+
+    def busy(source: Path, target: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    with open_staging(out) as staging:
+        staging.resume({"scheme": "fp16"})
+        (staging.folder / "vision.data").write_bytes(b"weights")
+        staging.finish("vision", {"vision.data": {"size_bytes": 7, "sha256": ""}}, {})
+        monkeypatch.setattr(os, "rename", busy)
+        with pytest.raises(VL2Error, match="could not be renamed to .*bundle: Device or resource busy") as caught:
+            staging.publish()
+        assert ".bundle.partial" in caught.value.hint
+    monkeypatch.setattr(os, "rename", rename)
+    with open_staging(out) as staging:
+        assert staging.resume({"scheme": "fp16"}) == ["vision"]
+        staging.publish()
+    assert (out / "vision.data").read_bytes() == b"weights" and not (out / STATE_NAME).exists()
 
 
 def test_two_exports_to_one_place_do_not_mix(checkpoint: Path, tmp_path: Path) -> None:

@@ -46,6 +46,22 @@ def test_a_hub_id_gives_its_snapshot_and_keeps_its_name(tmp_path: Path, monkeypa
     assert checkpoint_name(snapshot) == "deepseek-ai/deepseek-vl2-tiny"
 
 
+def test_a_dry_run_takes_what_is_on_the_machine_and_fetches_nothing(tmp_path: Path, monkeypatch) -> None:
+    asked = []
+
+    def download(hub_id: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
+        asked.append(local_files_only)
+        if len(asked) > 1:
+            raise LocalEntryNotFoundError("not here")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_source("deepseek-ai/deepseek-vl2-tiny", fetch=False) == tmp_path
+    with pytest.raises(VL2Error, match="not on this machine, and a dry run fetches nothing") as caught:
+        resolve_source("deepseek-ai/deepseek-vl2-tiny", fetch=False)
+    assert asked == [True, True] and "vl2 plan deepseek-ai/deepseek-vl2-tiny" in caught.value.hint
+
+
 def test_without_network_the_folder_form_is_named(monkeypatch) -> None:
     def download(hub_id: str, allow_patterns: list[str]) -> str:
         raise LocalEntryNotFoundError("no connection")

@@ -164,6 +164,16 @@ def test_a_missing_image_a_folder_and_a_text_file_are_told_apart(tmp_path: Path)
             load_image(path)
 
 
+def test_whatever_a_reader_of_pillow_raises_is_an_error_of_the_user(tmp_path: Path, monkeypatch) -> None:
+    def decode(image: Image.Image) -> None:
+        raise RuntimeError("Failed to decode image: Missing or empty image item")
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
+    with pytest.raises(VL2Error, match="a.png: the image is broken or truncated .Failed to decode"):
+        load_image(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 def test_more_than_eight_bits_are_refused_and_not_clipped(mode: str) -> None:
     with pytest.raises(VL2Error, match="more than 8 bits"):

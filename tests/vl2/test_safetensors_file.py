@@ -45,6 +45,8 @@ def entry(**changes: Any) -> dict[str, Any]:
 
 BROKEN = {
     "unknown dtype": (entry(dtype="Q4"), "tensor `b` in .* has the unknown dtype 'Q4', expected one of F64, F32"),
+    "dtype that is no name": (entry(dtype=["F32"]), "tensor `b` in .* has the unknown dtype"),
+    "nested without end": (b"[" * 200_000, "has a broken header"),
     "size that does not follow": (entry(shape=[5]), r"tensor `b` in .* takes 8 bytes, but BF16 \[5\] needs 10"),
     "overlap": (entry(data_offsets=[16, 24]), "tensor `b` in .* overlaps the tensor before it"),
     "hole": (entry(data_offsets=[28, 36]), "tensor `b` in .* leaves a hole before it"),
@@ -176,7 +178,7 @@ def test_a_shard_with_a_tensor_that_the_index_does_not_list_is_refused(sharded: 
         checkpoint_entries(sharded)
 
 
-@pytest.mark.parametrize("text", ("{", "[]", '{"metadata": {}}', "null"))
+@pytest.mark.parametrize("text", ("{", "[]", '{"metadata": {}}', "null", '{"a":' * 200_000))
 def test_a_broken_index_is_named(sharded: Path, text: str) -> None:
     (sharded / INDEX_NAME).write_text(text)
     with pytest.raises(VL2Error, match=f"{INDEX_NAME} is not a valid index"):
