@@ -56,7 +56,7 @@ class OrtBackend(Backend):
         self._threads = options.threads or physical_cores()
         if manifest.lowering == "cpu" and self._device == "cuda":
             raise VL2Error(f"CUDA was asked for, and {folder} has the lowering `cpu`, whose operators run on CPUs only",
-                           "give --backend ort-cpu, or export the bundle with --lowering ort")
+                           "give --backend ort-cpu, or export the bundle with --lowering ort (fp16: portable)")
         device, offered = "cpu" if manifest.lowering == "cpu" else self._device, onnxruntime.get_available_providers()
         self._choice = choose(device, offered, installed_packages())
         if manifest.lowering == "cpu" and self._device == "auto" and CUDA in offered:

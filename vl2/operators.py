@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from vl2.errors import VL2Error
 
 NAME = "libvl2_ops.so"
 _FOLDER = Path(__file__).parent
-_ABSENT = (f"the operator library {NAME} was not built when vl2-edge was installed; install a C++ compiler (such as "
-           "g++) and then vl2-edge again")
+_ABSENT = f"the operator library {NAME} was not built when vl2-edge was installed; " + (
+    "install a C++ compiler (such as g++) and then vl2-edge again" if sys.platform == "linux"
+    else "it is built on Linux only")
 
 
 def library_path() -> tuple[Path | None, str | None]:
@@ -27,12 +29,12 @@ def register_operators(options: Any, bundle: Path) -> None:
     path, reason = library_path()
     if path is None:
         raise VL2Error(f"{bundle} has the lowering `cpu`, and {reason}",
-                       "or export the bundle with --lowering ort, which needs no library of ours")
+                       "or export the bundle with --lowering ort (fp16: portable), which needs no library of ours")
     try:
         options.register_custom_ops_library(str(path))
     except Exception as error:  # onnxruntime's exceptions share no base class but Exception
         raise VL2Error(f"onnxruntime does not load {path}: {error}",
-                       "install vl2-edge again, or export the bundle with --lowering ort") from error
+                       "install vl2-edge again, or export the bundle with --lowering ort (fp16: portable)") from error
 
 
 def instruction_set() -> str | None:

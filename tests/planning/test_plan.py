@@ -140,6 +140,31 @@ def test_a_bundle_is_planned_for_as_it_is(nano_bundle: Path) -> None:
         make_plan(replace(plan.situation, lowering="cpu"))
 
 
+@pytest.mark.parametrize("lowering, targets, refused", [
+    ("cpu", {"orin-nano-8gb": ["cpu"], "raspberry-pi-5": ["cpu"]}, "rtx-4060"),
+    ("trt", {"orin-nano-8gb": ["engine"], "rtx-4060": ["engine"]}, "raspberry-pi-5"),
+    ("portable", {"orin-nano-8gb": ["cpu"], "rtx-4060": ["cuda"]}, None),
+])
+def test_a_bundle_is_planned_for_what_runs_its_lowering(nano_bundle: Path, lowering: str, targets, refused) -> None:
+    model = planned_model(str(nano_bundle))
+    model = replace(model, storage=replace(model.storage, lowering=lowering))
+    for name, backends in targets.items():
+        plan = make_plan(Situation(model, Demand(()), name, TARGETS[name]))
+        assert list(plan.runs) == backends
+    if refused is not None:
+        with pytest.raises(VL2Error, match=f"has the lowering `{lowering}`, which .* and {refused} runs"):
+            make_plan(Situation(model, Demand(()), refused, TARGETS[refused]))
+
+
+def test_engines_hold_the_tower_in_float16_whatever_the_scheme_says() -> None:
+    weights = {}
+    for vision in ("fp16", "int8"):
+        plan = plan_for("tiny", "orin-nano-8gb", Demand(((224, 224),)), Choice("int4", vision))
+        weights[vision] = {name: run.memory.weights for name, run in plan.runs.items()}
+    assert weights["fp16"]["engine"] == weights["int8"]["engine"]
+    assert weights["fp16"]["cpu"] > weights["int8"]["cpu"] + 400e6
+
+
 def test_a_lowering_limits_the_schemes_and_a_quantized_checkpoint_takes_any(quantized_of) -> None:
     situation = Situation(planned_model("tiny"), Demand(), "cpu", TARGETS["cpu"], "cpu")
     plan = make_plan(situation)

@@ -47,6 +47,14 @@ def test_a_target_excludes_a_scheme_and_a_budget(tmp_path: Path) -> None:
     assert run_command(cli, "vl2", ["export", str(NANO), "--out", str(tmp_path / "b"), "--target", "toaster"]) == 1
 
 
+def test_a_bundle_for_a_device_gets_the_devices_lowering(monkeypatch, tmp_path: Path, capsys) -> None:
+    """Not that of the machine that exports: a CPU's bundle does not run on a GPU, and on a board ort's is slow."""
+    for target, lowering in (("orin-nano-8gb", "cpu"), ("rtx-4060", "ort")):
+        assert room.lowering_for(target) == lowering
+        run_command(cli, "vl2", ["export", str(NANO), "--dry-run", "--target", target, "--method", "rtn"])
+        assert f"lowering {lowering}" in capsys.readouterr().err
+
+
 def test_engines_have_room_by_their_own_memory() -> None:
     room = bundle_room("tiny", "orin-nano-8gb", "trt")
     assert 3e9 < room < 7e9 and room != bundle_room("tiny", "orin-nano-8gb", "cpu")

@@ -55,7 +55,7 @@ _OF_CALIBRATION = {name: f"--{name}" for name in ("samples", "tokens", "tolerate
 @click.option("--keep-checkpoint", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Where the quantized checkpoint of an integer scheme stays, for `vl2 layers` or another bundle.")
 @click.option("--target", help="In place of --budget: the size that a device of `vl2 plan --list-targets` has room "
-              "for, beside the cache of the model's whole context.")
+              "for, beside the cache of the model's whole context; --lowering is then the device's too.")
 @max_ram_option
 @click.option("--dry-run", is_flag=True, help="Print sizes by module, peak memory and time; write nothing.")
 @click.option("--no-verify", is_flag=True, help="Skip the parity run; the manifest says so.")
@@ -106,10 +106,11 @@ def workstation_half() -> ModuleType:
 
 
 def _room(source: Path, target: str, values: dict[str, Any]) -> int:
-    from vl2.planning.room import bundle_room
+    from vl2.planning.room import bundle_room, lowering_for
 
+    values["lowering"] = values["lowering"] or lowering_for(target)
     room = bundle_room(str(source), target, values["lowering"], values["kv_cache"])
-    click.echo(f"{target}: room for a bundle of {room / 1e9:.2f} GB", err=True)
+    click.echo(f"{target}: room for a bundle of {room / 1e9:.2f} GB, lowering {values['lowering']}", err=True)
     return room
 
 

@@ -20,7 +20,8 @@ _REQUIREMENT = re.compile(r"([\w.-]+)\s*>=\s*([\d.]+)\s*(?:;\s*extra\s*==\s*['\"
 _UNKNOWN = "?"
 REMOVE = "pip uninstall -y onnxruntime onnxruntime-gpu"
 SWAP = f"{REMOVE} && pip install 'onnxruntime-gpu[cuda,cudnn]'"
-_EXTRAS = {"export": "making bundles", "report": "the plots of `vl2 compare`"}
+_EXTRAS = {"export": "making bundles", "report": "the plots of `vl2 compare`", "serve": "`vl2 serve`",
+           "constrained": "--boxes, --regex, --json-schema"}
 
 
 def check_python() -> Iterator[Check]:
@@ -60,8 +61,9 @@ def check_extras() -> Iterator[Check]:
         modules = [_IMPORTED.get(name, name).replace("-", "_") for name in names]
         _, error = attempt("\n".join(f"import {module}" for module in modules))
         told = ", ".join(f"{name} {_version(name)}" for name in names)
+        mend = f"{sys.executable} -m pip install '.[{extra}]'   (in the folder of vl2's sources)"
         yield Check("extras", extra, MISSING if error else OK, f"{purpose}: {error or told}",
-                    f"{sys.executable} -m pip install '{DISTRIBUTION}[{extra}]'" if error else None)
+                    mend if error else None)
 
 
 def requirements(extra: str | None) -> dict[str, str]:

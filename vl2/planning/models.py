@@ -32,6 +32,11 @@ class PlannedModel:
     scheme: str | None = None
 
     @property
+    def is_bundle(self) -> bool:
+        """Not a checkpoint: its lowering and cache are as they are."""
+        return self.storage is not None and self.config.quantization_config is None
+
+    @property
     def geometry(self) -> ImageGeometry:
         """How images are cut."""
         config = self.config

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vl2.errors import VL2Error
+from vl2.planning.backends import backends_of, default_lowering, on_engines
 from vl2.planning.demand import Demand, PromptSize, prompt_size
 from vl2.planning.memory import KV_CACHES, RunMemory, cache_bytes, run_memory, server_memory
 from vl2.planning.models import NAMES, PlannedModel, planned_model
@@ -114,14 +115,14 @@ def make_plan(situation: Situation, choice: Choice | None = None) -> Plan:
     if situation.lowering is not None:
         ladder = [each for each in ladder if _takes(each, situation.lowering)]
     stored = {each: _stored(situation, each) for each in ladder}
-    first = situation.target.backends[0]
-    tried = {each: _run(situation, storage, first) for each, storage in stored.items()}
+    backends = backends_of(model, situation.target_name, situation.target)
+    tried = {each: _run(situation, storage, backends[0]) for each, storage in stored.items()}
     if already is None and choice is None:
         choice = next((each for each in ladder if each.scheme != _ASKED_ONLY and tried[each].fits), ladder[-1])
     storage = already or stored.get(choice) or _stored(situation, choice)
     plan = Plan(
         situation, choice.options if choice else str(model.scheme), prompt_size(model, situation.demand), storage,
-        {backend: _run(situation, storage, backend) for backend in situation.target.backends},
+        {backend: _run(situation, storage, backend) for backend in backends},
         workstation_memory(model, choice, "engine" in situation.target.backends),
         {each.options: (stored[each].total_bytes, run.memory.peak, run.speed.tokens_per_second, run.fits)
          for each, run in tried.items()}, (),
@@ -131,17 +132,8 @@ def make_plan(situation: Situation, choice: Choice | None = None) -> Plan:
 
 def _with_lowering(situation: Situation) -> Situation:
     """The lowering that a cache needs, where none was asked for."""
-    needed = situation.lowering is None and situation.kv_cache not in (None, "fp32") and not _is_bundle(situation.model)
+    needed = situation.lowering is None and situation.kv_cache not in (None, "fp32") and not situation.model.is_bundle
     return replace(situation, lowering=CPU) if needed else situation
-
-
-def _is_bundle(model: PlannedModel) -> bool:
-    return model.storage is not None and model.config.quantization_config is None
-
-
-def _default_lowering(situation: Situation) -> str:
-    """Of packed weights, as `vl2 export` chooses on the target itself."""
-    return CPU if situation.target.backends[0] == "cpu" else ORT
 
 
 def _stored_already(situation: Situation, choice: Choice | None) -> Storage | None:
@@ -152,11 +144,11 @@ def _stored_already(situation: Situation, choice: Choice | None) -> Storage | No
     if choice is not None:
         raise VL2Error(f"`{model.name}` is stored already ({model.scheme}), and {choice.options} was asked for",
                        "leave the scheme out, or plan for the checkpoint that it was made from")
-    if not _is_bundle(model):
-        lowering = lowering or _default_lowering(situation)
+    if not model.is_bundle:
+        lowering = lowering or default_lowering(situation.target)
     if lowering in (None, model.storage.lowering):
         return _with_cache(model.storage, situation)
-    if _is_bundle(model):
+    if model.is_bundle:
         raise VL2Error(f"`{model.name}` has the lowering `{model.storage.lowering}`, and `{lowering}` was asked for",
                        "leave it out, or plan for the checkpoint that the bundle was made from")
     return _with_cache(storage_of(model.tensors, form_of_checkpoint(model.config), 2, lowering), situation)
@@ -167,7 +159,7 @@ def _with_cache(storage: Storage, situation: Situation) -> Storage:
     kv_cache, model = situation.kv_cache, situation.model
     if kv_cache in (None, storage.kv_cache):
         return storage
-    if _is_bundle(model):
+    if model.is_bundle:
         raise VL2Error(f"`{model.name}` has the KV cache `{storage.kv_cache}`, and `{kv_cache}` was asked for",
                        "leave it out, or plan for the checkpoint that the bundle was made from")
     if storage.lowering != CPU:
@@ -183,7 +175,7 @@ def _takes(choice: Choice, lowering: str) -> bool:
 
 def _stored(situation: Situation, choice: Choice) -> Storage:
     model = situation.model
-    lowering = situation.lowering or (_default_lowering(situation) if choice.scheme in EXPERT_FORMS else None)
+    lowering = situation.lowering or (default_lowering(situation.target) if choice.scheme in EXPERT_FORMS else None)
     return _with_cache(storage_of(model.tensors, form_of_choice(choice, model.config),
                                   4 if choice.scheme == "fp32" else 2, lowering), situation)
 
@@ -191,6 +183,8 @@ def _stored(situation: Situation, choice: Choice) -> Storage:
 def _run(situation: Situation, storage: Storage, backend: str) -> Run:
     model, target = situation.model, situation.target
     size = prompt_size(model, situation.demand)
+    if backend == "engine":
+        storage = on_engines(model, storage)
     memory = run_memory(model, storage, size, backend, target.memory == "shared")
     memory = replace(memory, server=server_memory(situation.demand.pool_bytes))
     speed = estimate_speed(model, storage, size, target, backend)

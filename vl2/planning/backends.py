@@ -1,0 +1,47 @@
+"""Which backends of a target run a model, with which lowering, and how engines store it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vl2.errors import VL2Error
+from vl2.planning.models import PlannedModel
+from vl2.planning.schemes import CPU, ORT, Storage
+from vl2.planning.targets import Target
+
+# By the lowering of a bundle; the others have standard operators or onnxruntime's own.
+_RUN_BY = {CPU: ("cpu",), "trt": ("engine",)}
+_RUN_BY_ONNXRUNTIME = ("cpu", "cuda")
+_TOWER = ("vision", "projector")
+_HALF_BYTES = 2
+
+
+def default_lowering(target: Target) -> str:
+    """Of packed weights, as `vl2 export` chooses on the target itself."""
+    return CPU if target.backends[0] == "cpu" else ORT
+
+
+def backends_of(model: PlannedModel, name: str, target: Target) -> tuple[str, ...]:
+    """Those of the target `name` that run the model: of a bundle the ones that its lowering is for.
+
+    Raises VL2Error where there is none.
+    """
+    if not model.is_bundle:
+        return target.backends
+    wanted = _RUN_BY.get(model.storage.lowering, _RUN_BY_ONNXRUNTIME)
+    found = tuple(backend for backend in target.backends if backend in wanted)
+    if not found:
+        raise VL2Error(f"`{model.name}` has the lowering `{model.storage.lowering}`, which {' and '.join(wanted)} run, "
+                       f"and {name} runs {', '.join(target.backends)}", "export the checkpoint with another --lowering")
+    return found
+
+
+def on_engines(model: PlannedModel, storage: Storage) -> Storage:
+    """The storage as engines have it: the tower in float16, whatever the checkpoint has."""
+    if model.is_bundle:
+        return storage
+    halves = dict.fromkeys(_TOWER, 0)
+    for tensor in model.tensors:
+        if tensor.module in halves:
+            halves[tensor.module] += _HALF_BYTES * tensor.parameters
+    return replace(storage, modules={**storage.modules, **halves})
