@@ -25,6 +25,8 @@ BENCHMARKS = ROOT / "benchmarks"
 VL2 = (sys.executable, "-c", "from vl2.cli import main; main()")
 IMAGE, QUESTION = str(ROOT / "nano" / "demo.png"), "What is the total?"
 HELD_OUT = str(ROOT / "nano" / "heldout" / "heldout.jsonl")
+# The CUDA provider multiplies INT4 matrices by MatMulNBits, which only this lowering has.
+INT4 = ("--scheme", "int4", "--lowering", "ort", "--no-verify")
 LONGEST_SECONDS = 540
 
 
@@ -136,7 +138,7 @@ def engine_answers(run: Run) -> dict:
     """Engines over many questions beside the CPU."""
     out = run.folder / "compare"
     run.command(*VL2, "compare", run.bundle("nano.bundle"), run.engines(), "--data", HELD_OUT, "--limit", "60", "--out",
-                out)
+                out, "--force")
     return {"report": str(out)}
 
 
@@ -147,14 +149,16 @@ def engine_rate(run: Run) -> dict:
 
 
 def onnxruntime_cuda(run: Run) -> dict:
-    """Portable bundles on ONNX Runtime's CUDA provider answer as on the CPU."""
-    found = {}
-    for scheme in ("fp16", "int4"):
-        bundle = run.bundle(f"nano-{scheme}.bundle", "--scheme", scheme, "--lowering", "portable", "--no-verify")
+    """Bundles of ONNX Runtime's own operators, float16 and INT4, answer on its CUDA provider as on the CPU."""
+    found, out = {}, run.folder / "compare-cuda"
+    for name, words in (("nano.bundle", ()), ("nano-int4.bundle", INT4)):
+        bundle = run.bundle(name, *words)
         answer = run.answer(bundle, "ort-cuda")
-        _same(answer, run.answer(bundle, "ort-cpu"), f"{scheme} on CUDA")
-        found[scheme] = answer["tokens_per_second"]
-    return found
+        _same(answer, run.answer(bundle, "ort-cpu"), f"{name} on CUDA")
+        found[name] = answer["tokens_per_second"]
+    run.command(*VL2, "compare", run.folder / "nano.bundle", run.folder / "nano-int4.bundle", "--backend", "ort-cuda",
+                "--data", HELD_OUT, "--limit", "60", "--out", out, "--force")
+    return found | {"report": str(out)}
 
 
 def _module(name: str, how: str) -> Callable[[], str]:
@@ -185,25 +189,34 @@ def _cuda_provider() -> str:
 def _driver() -> str:
     if missing := _module("cuda", "pip install cuda-bindings")():
         return missing
-    from cuda.bindings import driver
-
     try:
+        from cuda.bindings import driver
+
         status = driver.cuInit(0)[0]
-    except RuntimeError:
-        return "no CUDA driver is installed"
+    except (ImportError, RuntimeError) as error:
+        return f"no CUDA driver can be used: {error}"
     return f"the CUDA driver finds no GPU ({status.name})" if int(status) else ""
+
+
+def _compiler() -> str:
+    from vl2.plugins.cuda.nvrtc import find_nvrtc
+    from vl2.plugins.cuda.pack import ARCHITECTURES, find_nvcc, is_cached
+
+    if find_nvcc() or find_nvrtc() or all(map(is_cached, ARCHITECTURES)):
+        return ""
+    return "neither nvcc nor NVRTC is here to compile the kernels (pip install 'nvidia-cuda-nvrtc>=13')"
 
 
 _RTX = _module("tensorrt_rtx", "pip install '.[engine]'")
 # What is checked, and what each needs: functions that give what is missing, or nothing.
 CHECKS: dict[Callable[[Run], dict], Sequence[Callable[[], str]]] = {
-    kernels: (_driver,),
-    step: (_driver,),
-    peers: (_driver, _torch_cuda),
-    sanitizers: (_driver, _tool("compute-sanitizer")),
-    engine: (_driver, _RTX),
-    engine_answers: (_driver, _RTX),
-    engine_rate: (_driver, _RTX),
+    kernels: (_driver, _compiler),
+    step: (_driver, _compiler),
+    peers: (_driver, _compiler, _torch_cuda),
+    sanitizers: (_driver, _compiler, _tool("compute-sanitizer")),
+    engine: (_driver, _compiler, _RTX),
+    engine_answers: (_driver, _compiler, _RTX),
+    engine_rate: (_driver, _compiler, _RTX),
     onnxruntime_cuda: (_cuda_provider,),
 }
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from gpu_cases import Case, Extent
+from gpu_kernels import error_of as kernel_error
 from torch import Tensor
 
 from vl2.plugins.cuda.storage import Storage
@@ -185,9 +186,18 @@ def matrix_rate(rounds: int) -> float:
     return 2 * MATRIX**3 / timed(lambda: a @ b, rounds)
 
 
+def require_right(gpu: Any, case: Case) -> None:
+    """Raises AssertionError where the kernels are wrong: their time would speak for nothing."""
+    error = kernel_error(case, gpu.check(case))
+    assert error <= case.bound, f"{case.name}: the kernels differ by {error:.1e}, expected {case.bound:.1e} at most"
+
+
 def measure(gpu: Any, name: str, make: Any, rounds: int) -> dict[str, Any]:
-    """One row. Raises AssertionError where PyTorch computes something else."""
+    """One row. Raises AssertionError where PyTorch or the kernels compute something else."""
+    # what was compiled for other shapes counts against the limit of recompilations
+    torch._dynamo.reset()
     case = make(np.random.default_rng(0), name)
+    require_right(gpu, case)
     eager = peer_of(make)
     sets = [tensors(case, "cuda") for _ in range(gpu.copies(case))]
     error = error_of(case, eager(sets[0]))

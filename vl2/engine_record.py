@@ -10,8 +10,9 @@ from vl2.errors import VL2Error
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """backend: `tensorrt` or `tensorrt-rtx`, version: its own; kernels: sha256 of the plugins' sources; sizes: largest
-    context, prefill_chunk and tiles; profiles: by graph, shape ranges by input; files, builds: by graph."""
+    """backend: `tensorrt` or `tensorrt-rtx`, version: its own; kernels: sha256 of the plugins' sources
+    (`vl2.plugins.tensorrt.sources`); sizes: largest context, prefill_chunk and tiles; profiles: by graph, shape ranges
+    by input; files, builds: by graph."""
 
     backend: str
     version: str

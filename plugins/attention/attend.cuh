@@ -147,7 +147,7 @@ template <int PAIRS> DEVICE void write_rows(const Attended& a, const Tiles& t, i
   }
 }
 
-// blockIdx: split of the keys, tile of the rows, batch · kv_heads + head.
+// blockIdx: split of the keys, tile of the rows, batch · kv_heads + head. A past that cannot be reads no other memory.
 template <int PAIRS> DEVICE void attend(const Attended& a, long long past) {
   SHARED(memory);
   const int block_rows = blockDim.x / 8, rows = a.tokens * a.group, row = blockIdx.y * block_rows;
@@ -156,7 +156,8 @@ template <int PAIRS> DEVICE void attend(const Attended& a, long long past) {
   const half_t* keys = a.keys + batch * a.capacity * a.key_stride + head * a.key_size;
   const half_t* values = a.values ? a.values + batch * a.capacity * a.key_stride + head * a.value_size : nullptr;
   const int valid = rows - row < block_rows ? rows - row : block_rows, last = (row + valid - 1) / a.group;
-  const int seen = static_cast<int>(past) + last + 1, limit = seen < a.capacity ? seen : a.capacity;
+  const int before = static_cast<int>(past < 0 ? 0 : past < a.capacity ? past : a.capacity);
+  const int seen = before + last + 1, limit = seen < a.capacity ? seen : a.capacity;
   const int first = blockIdx.x * a.chunk, end = first + a.chunk < limit ? first + a.chunk : limit;
   float sums[PAIRS][2][4];
 #pragma unroll
@@ -173,7 +174,7 @@ template <int PAIRS> DEVICE void attend(const Attended& a, long long past) {
     if (at + KEYS < end) copy_tile(a, t, keys, values, at + KEYS, end, buffer ^ 1);
     multiply_keys(t, t.keys + buffer * KEYS * t.key_stride);
     __syncthreads();
-    weigh(a, t, at, static_cast<int>(past), row);
+    weigh(a, t, at, before, row);
     __syncthreads();
     multiply_values<PAIRS>(a, t, t.values + buffer * KEYS * t.value_stride, sums);
   }

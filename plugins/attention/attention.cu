@@ -23,7 +23,7 @@ KERNEL(128) vl2_attention_prepare(const half_t* __restrict__ query, const half_t
     half_t* to = queries + (((batch * kv_heads + kv) * tokens + token) * group + head % group) * size;
     rotate_head(query + (place * heads + head) * size, to, cos, sin, size, i % pairs);
   }
-  if (position >= capacity) return;
+  if (position < 0 || position >= capacity) return;
   const long long row = (batch * capacity + position) * kv_heads * size;
   for (int i = threadIdx.x; i < kv_heads * pairs; i += blockDim.x) {
     const int head = i / pairs;

@@ -8,8 +8,9 @@ from vl2.plugins.cuda.launch import Launch, Plan, require, tiles
 
 _THREADS, _ROWS, _KEYS, _LARGEST_HEAD = 128, 16, 16, 256
 _PAD, _SCORE_STRIDE = 8, 18
-# Shorter splits make more blocks and more to merge; with this many blocks there is nothing to win.
-_SHORTEST_SPLIT, _MOST_SPLITS, _ENOUGH_BLOCKS = 64, 64, 128
+# Shorter splits make more blocks and more to merge; with _ENOUGH_BLOCKS there is nothing to win. Each has scratch for
+# all rows, so only as many are made as reach _WANTED_BLOCKS, about four a multiprocessor of the largest GPU.
+_SHORTEST_SPLIT, _MOST_SPLITS, _ENOUGH_BLOCKS, _WANTED_BLOCKS = 64, 64, 128, 512
 # What a block may have on every GPU from 8.0 on.
 _SHARED_LIMIT = 99 << 10
 
@@ -31,12 +32,17 @@ class Sizes:
         return 1 if self.rows <= _ROWS else 2
 
     @property
+    def most_splits(self) -> int:
+        """Bound of `splits` that no shorter cache exceeds; 1 exactly where there is one split."""
+        blocks = tiles(self.rows, _ROWS * self.tiles) * self.heads
+        wanted = 1 if blocks >= _ENOUGH_BLOCKS else min(_MOST_SPLITS, _WANTED_BLOCKS // blocks)
+        return min(wanted, tiles(self.capacity, _SHORTEST_SPLIT))
+
+    @property
     def chunk(self) -> int:
         """Keys of a split, by the cache's capacity: its length is known on the device only."""
-        whole = tiles(self.capacity, _KEYS) * _KEYS
-        if tiles(self.rows, _ROWS * self.tiles) * self.heads >= _ENOUGH_BLOCKS:
-            return whole
-        return min(max(_SHORTEST_SPLIT, tiles(tiles(self.capacity, _MOST_SPLITS), _KEYS) * _KEYS), whole)
+        share = tiles(tiles(self.capacity, self.most_splits), _KEYS) * _KEYS
+        return share if self.most_splits == 1 else max(_SHORTEST_SPLIT, share)
 
     @property
     def splits(self) -> int:
@@ -63,10 +69,11 @@ class Sizes:
 
     @property
     def workspace(self) -> dict[str, int]:
-        """queries, and with splits the partial sums and their marks."""
+        """queries, and with splits the partial sums and their marks: for `most_splits`, so that a shorter cache never
+        needs more than a longer one."""
         held = {"queries": self.heads * self.rows * self.key_size * 2}
-        places = self.heads * self.splits * self.rows
-        if self.splits > 1:
+        places = self.heads * self.most_splits * self.rows
+        if self.most_splits > 1:
             held |= {"partial": places * self.result_size * 4, "marks": places * 8}
         return held
 

@@ -51,8 +51,14 @@ class Pack:
     resources: tuple[Resources, ...]
 
 
+def architecture_of(compute_capability: str) -> str:
+    """Which pack a GPU takes: `sm_87` for "8.7"; PTX, which its driver compiles, where there is none of its own."""
+    exact = f"sm_{compute_capability.replace('.', '')}"
+    return exact if exact in ARCHITECTURES else "compute_80"
+
+
 def pack_hash() -> str:
-    """Of every source and flag; a bundle's manifest records it for the engines that need these kernels."""
+    """Of every source and flag of the compiled kernels: what they are kept by."""
     digest = hashlib.sha256(repr(FLAGS).encode())
     for path in (FOLDER / "device.cuh", *headers(), *(FOLDER.parent / name for name in SOURCES)):
         digest.update(path.read_bytes())

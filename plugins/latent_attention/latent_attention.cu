@@ -28,7 +28,7 @@ KERNEL(128) vl2_latent_prepare(const half_t* __restrict__ query, const half_t* _
     const int head = i / pairs;
     rotate_pair(query_rope + (place * heads + head) * rope, queries + head * width + rank, cos, sin, rope, i % pairs);
   }
-  if (position >= capacity) return;
+  if (position < 0 || position >= capacity) return;
   cache += (batch * capacity + position) * width;
   for (int i = threadIdx.x; i < rank; i += blockDim.x) cache[i] = latent[place * rank + i];
   for (int i = threadIdx.x; i < pairs; i += blockDim.x) rotate_pair(key_rope + place * rope, cache + rank, cos, sin, rope, i);

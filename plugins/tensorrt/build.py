@@ -20,20 +20,23 @@ from vl2.errors import VL2Error
 from vl2.plugins.tensorrt.flavour import RTX, library_environment, load_tensorrt, logger_of
 from vl2.plugins.tensorrt.plugin import register_plugins
 
+_GPUS = "TensorRT-RTX is for GeForce and RTX GPUs from 7.5 on; Jetson boards take TensorRT, on the board"
+_EXPORT = "export the bundle again with this vl2"
 # Smallest, usual and largest shape of an input.
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class EngineJob:
-    """onnx, out: paths; capabilities: compute capabilities such as "8.6" for TensorRT-RTX, none for the GPU of this
-    machine; profiles: of each, the ranges of the inputs with dynamic sides."""
+    """onnx, out: paths; capabilities: compute capabilities such as "8.6" for TensorRT-RTX, none for TensorRT; profiles:
+    of each, the ranges of the inputs with dynamic sides; on_this_gpu: whether the capability is of the GPU here."""
 
     onnx: str
     out: str
     flavour: str
     capabilities: tuple[str, ...] = ()
     profiles: tuple[dict[str, Range], ...] = ()
+    on_this_gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,10 @@ def build(job: EngineJob) -> EngineFacts:
     if not parser.parse_from_file(job.onnx):
         said = [parser.get_error(number).desc() for number in range(parser.num_errors)]
         raise _refusal(job, "does not parse", refused, [*logger.errors, *said])
-    config = _config(trt, builder, job)
+    config = _config(trt, builder, job, logger)
     plan = builder.build_serialized_network(network, config)
     if plan is None or refused:
-        raise _refusal(job, "cannot build", refused, logger.errors)
+        raise _refusal(job, "cannot build", refused, logger.errors, _hint(job))
     _write(Path(job.out), plan)
     seconds = round(time.monotonic() - start, 2)
     said = tuple(logger.warnings[:20])
@@ -93,10 +96,13 @@ def _peak_bytes() -> int:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
 
 
-def _config(trt: Any, builder: Any, job: EngineJob) -> Any:
+def _config(trt: Any, builder: Any, job: EngineJob, logger: Any) -> Any:
     config = builder.create_builder_config()
     # caches are outputs at their inputs' addresses
     config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    if (captured := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
+        # TensorRT-RTX allocates while it runs otherwise, where tensors are large, and then no step can be captured
+        config.set_flag(captured)
     for ranges in job.profiles:
         profile = builder.create_optimization_profile()
         for name, (smallest, usual, largest) in ranges.items():
@@ -105,24 +111,32 @@ def _config(trt: Any, builder: Any, job: EngineJob) -> Any:
     if job.flavour == RTX and job.capabilities:
         config.num_compute_capabilities = len(job.capabilities)
         for number, name in enumerate(job.capabilities):
-            config.set_compute_capability(_capability(trt, name), number)
+            if not config.set_compute_capability(_capability(trt, name, job.on_this_gpu), number):
+                said = "; ".join(logger.errors[:6]) or "no reason was given"
+                raise VL2Error(f"TensorRT-RTX {trt.__version__} takes no compute capability {name}: {said}", _GPUS)
     return config
 
 
-def _capability(trt: Any, name: str) -> Any:
+def _capability(trt: Any, name: str, on_this_gpu: bool) -> Any:
+    """The GPU of this machine without a name of its own is CURRENT; TensorRT-RTX says whether it builds for it."""
     known = getattr(trt.ComputeCapability, f"SM{name.replace('.', '')}", None)
+    if known is None and on_this_gpu:
+        return trt.ComputeCapability.CURRENT
     if known is None:
-        raise VL2Error(f"TensorRT-RTX {trt.__version__} builds no engine for compute capability {name}",
-                       "it is for GeForce and RTX GPUs from 7.5 on; Jetson boards take TensorRT, on the board")
+        raise VL2Error(f"TensorRT-RTX {trt.__version__} builds no engine for compute capability {name}", _GPUS)
     return known
 
 
-def _refusal(job: EngineJob, what: str, refused: list[VL2Error], said: list[str]) -> VL2Error:
+def _hint(job: EngineJob) -> str:
+    return _GPUS if job.flavour == RTX and job.on_this_gpu else _EXPORT
+
+
+def _refusal(job: EngineJob, what: str, refused: list[VL2Error], said: list[str], hint: str = _EXPORT) -> VL2Error:
     """Our plugins' words go first: TensorRT only says that there was an exception."""
     if refused:
         return VL2Error(f"{job.flavour} {what} {job.onnx}: {refused[0].message}", refused[0].hint)
     text = "; ".join(said[:6]) or "no reason was given"
-    return VL2Error(f"{job.flavour} {what} {job.onnx}: {text}", "export the bundle again with this vl2")
+    return VL2Error(f"{job.flavour} {what} {job.onnx}: {text}", hint)
 
 
 def _write(path: Path, plan: Any) -> None:

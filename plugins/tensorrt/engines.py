@@ -10,8 +10,9 @@ from vl2.engine_record import EngineRecord
 from vl2.errors import VL2Error
 from vl2.folder_lock import locked_folder
 from vl2.manifest import Graph, Manifest, file_facts, read_manifest, write_manifest
-from vl2.plugins.cuda.pack import pack_hash
 from vl2.plugins.tensorrt.build import EngineFacts, EngineJob, Range, build_apart
+from vl2.plugins.tensorrt.flavour import TENSORRT
+from vl2.plugins.tensorrt.sources import plugin_hash
 
 # graph, index, number of graphs
 Progress = Callable[[str, int, int], None]
@@ -33,7 +34,8 @@ class EngineSizes:
 
 @dataclass(frozen=True)
 class EngineTarget:
-    """name: of the target; flavour: which TensorRT; compute_capability: of its GPU; on_this_gpu: which is here."""
+    """name: of the target; flavour: which TensorRT; compute_capability: of its GPU; on_this_gpu: whether that is the
+    first GPU of this machine."""
 
     name: str
     flavour: str
@@ -71,13 +73,14 @@ def build_engines(bundle: Path, target: EngineTarget, sizes: EngineSizes, progre
         ranges = {name: profiles(name, graph, sizes) for name, graph in manifest.graphs.items()}
         for number, (name, graph) in enumerate(manifest.graphs.items()):
             progress(name, number, len(ranges))
+            capabilities = () if target.flavour == TENSORRT else (target.compute_capability,)
             job = EngineJob(str(bundle / graph.file), str(bundle / engine_file(name, target.name)), target.flavour,
-                            () if target.on_this_gpu else (target.compute_capability,), ranges[name])  # fmt: skip
+                            capabilities, ranges[name], target.on_this_gpu)  # fmt: skip
             facts[name] = build_apart(job)
         progress("done", len(ranges), len(ranges))
         record = EngineRecord(
             backend=target.flavour, version=next(iter(facts.values())).tensorrt,
-            compute_capability=target.compute_capability, kernels=pack_hash(),
+            compute_capability=target.compute_capability, kernels=plugin_hash(),
             sizes=asdict(sizes), profiles={name: list(each) for name, each in ranges.items()},
             files={name: engine_file(name, target.name) for name in ranges},
             builds={name: _figures(each) for name, each in facts.items()},

@@ -9,7 +9,7 @@ from typing import Any
 
 from vl2.errors import VL2Error
 from vl2.plugins.cuda.launch import Launch, Plan, workspace_offsets
-from vl2.plugins.cuda.pack import ARCHITECTURES, load
+from vl2.plugins.cuda.pack import architecture_of, load
 
 # Beyond this a kernel has to be allowed its dynamic shared memory.
 _PLAIN_SHARED_BYTES = 48 << 10
@@ -76,8 +76,7 @@ def launcher_of(device: int) -> Launcher:
     attribute = driver.CUdevice_attribute
     major, minor = (call(driver, "cuDeviceGetAttribute", which, device) for which in (
         attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR))
-    exact = f"sm_{major}{minor}"
-    return Launcher(driver, exact if exact in ARCHITECTURES else "compute_80")
+    return Launcher(driver, architecture_of(f"{major}.{minor}"))
 
 
 def current_launcher() -> Launcher:

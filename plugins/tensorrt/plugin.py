@@ -5,7 +5,8 @@ Only names that all these versions have (`tests/plugins/tensorrt/test_api.py` ch
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from vl2.plugins.cuda.launch import workspace_bytes
 from vl2.plugins.tensorrt.launcher import current_launcher
 from vl2.plugins.tensorrt.operators import NAMESPACE, OPERATORS, VERSION, Operator
 
+# Smallest and largest shape of an input. (The `opt` of a range is not always filled in.)
+Bounds = tuple[tuple[int, ...], tuple[int, ...]]
 _DTYPES = {"float32": "FLOAT", "float16": "HALF", "int8": "INT8", "int64": "INT64"}
 
 
@@ -57,6 +60,8 @@ class _Plugin:
         self._names = [tensor.name for tensor in operator.inputs(attributes)]
         self._tensors = [*operator.inputs(attributes), *operator.outputs]
         self._plans: dict[tuple, Any] = {}
+        # a collection has C structs with pointers into these, and TensorRT reads it when Python has let go of it
+        self._fields = [_field(self.trt, *item) for item in attributes.items()]
 
     def get_capability_interface(self, kind: Any) -> Any:
         return self
@@ -95,8 +100,8 @@ class _Plugin:
     def get_workspace_size(self, inputs: list, outputs: list) -> int:
         # what is refused here is kept and ends the build behind TensorRT
         with _Kept(self._errors, hidden=True):
-            ranges = [(tuple(one.min), tuple(one.max)) for one in inputs]
-            return max(workspace_bytes(self._plan(sides)) for sides in shapes_between(self._names, ranges))
+            ranges = tuple((tuple(one.min), tuple(one.max)) for one in inputs)
+            return largest_workspace(self._operator.name, tuple(self._attributes.items()), ranges)
         return 0
 
     def on_shape_change(self, inputs: list, outputs: list) -> None:
@@ -106,7 +111,7 @@ class _Plugin:
         return self.clone()
 
     def get_fields_to_serialize(self) -> Any:
-        return self.trt.PluginFieldCollection([_field(self.trt, *item) for item in self._attributes.items()])
+        return self.trt.PluginFieldCollection(self._fields)
 
     def set_tactic(self, tactic: int) -> None:
         """There is one."""
@@ -125,20 +130,31 @@ class _Plugin:
         return self._plans[sides]
 
 
-def shapes_between(
-    names: list[str], ranges: list[tuple[tuple[int, ...], tuple[int, ...]]]
-) -> set[tuple[tuple[int, ...], ...]]:
-    """Shapes of the inputs for numbers of tokens around every power of two, with whole caches: plans change from one
-    number to another, and the largest need not need most. (The `opt` of a range is not always filled in.)"""
-    largest = max((side for low, high in ranges for side, least in zip(high, low, strict=True) if side != least),
-                  default=1)  # fmt: skip
-    counts = {max(1, (1 << power) + step) for power in range(largest.bit_length() + 1) for step in (-1, 0, 1)}
+@lru_cache(maxsize=256)
+def largest_workspace(operator: str, attributes: tuple[tuple[str, Any], ...], ranges: tuple[Bounds, ...]) -> int:
+    """Bytes that suffice for every plan within the ranges of a node's inputs. Raises VL2Error where one has none.
+
+    Remembered: the layers of a decoder are alike, and TensorRT asks for each of them more than once.
+    """
+    given, made = dict(attributes), OPERATORS[operator]
+    names = [tensor.name for tensor in made.inputs(given)]
+    return max(workspace_bytes(made.plan(given, dict(zip(names, sides, strict=True))))
+               for sides in shapes_between(names, ranges))  # fmt: skip
+
+
+def shapes_between(names: list[str], ranges: Sequence[Bounds]) -> set[tuple[tuple[int, ...], ...]]:
+    """Shapes of the inputs for every number of tokens, each with whole caches: plans change from one number to another,
+    and the largest need not need most; a longer cache never needs less (vl2.plugins.cuda.attention.Sizes)."""
+    dynamic = [bounds for name, (low, high) in zip(names, ranges, strict=True) if not name.endswith("cache")
+               for bounds in zip(low, high, strict=True) if bounds[0] != bounds[1]]  # fmt: skip
+    least, most = (min(low for low, _ in dynamic), max(high for _, high in dynamic)) if dynamic else (1, 1)
 
     def shape(name: str, low: tuple[int, ...], high: tuple[int, ...], count: int) -> tuple[int, ...]:
         whole = name.endswith("cache")
-        return tuple(most if whole else min(most, max(least, count)) for least, most in zip(low, high, strict=True))
+        return tuple(end if whole else min(end, max(start, count)) for start, end in zip(low, high, strict=True))
 
-    return {tuple(shape(name, *bounds, count) for name, bounds in zip(names, ranges, strict=True)) for count in counts}
+    return {tuple(shape(name, *bounds, count) for name, bounds in zip(names, ranges, strict=True))
+            for count in range(max(1, least), most + 1)}  # fmt: skip
 
 
 @cache
@@ -157,8 +173,9 @@ class _Creator:
         self.base.__init__(self)
         self.name, self.plugin_namespace, self.plugin_version = operator.name, NAMESPACE, VERSION
         empty = {int: 0, float: 0.0, str: ""}
-        fields = [_field(self.trt, name, empty[kind]) for name, kind in operator.attributes.items()]
-        self.field_names = self.trt.PluginFieldCollection(fields)
+        # kept for the pointers into them, as a plugin's are
+        self._fields = [_field(self.trt, name, empty[kind]) for name, kind in operator.attributes.items()]
+        self.field_names = self.trt.PluginFieldCollection(self._fields)
         self._operator, self._errors = operator, errors
 
     def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:

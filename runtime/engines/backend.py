@@ -8,10 +8,11 @@ from vl2.engine_record import written_name
 from vl2.errors import VL2Error
 from vl2.manifest import Manifest
 from vl2.runtime.backend import Arrays, Backend, Limits
+from vl2.runtime.engines.contexts import kernels_file
 from vl2.runtime.engines.find import FoundEngines
 from vl2.runtime.engines.library import Library
 from vl2.runtime.engines.memory import DeviceMemory, DeviceWeights
-from vl2.runtime.engines.session import EngineSession
+from vl2.runtime.engines.session import EngineSession, Opened
 from vl2.runtime.options import BundleOptions
 
 _NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
@@ -29,9 +30,10 @@ class EngineBackend(Backend):
         sizes = found.record.sizes
         self.limits = Limits(sizes["context"], sizes["prefill_chunk"], sizes["tiles"])
         self.cache_memory = DeviceMemory(found.device)
-        self._replay = options.cuda_graph
-        if options.check_memory:
-            self._require_memory()
+        self._replay, self._check_memory = options.cuda_graph, options.check_memory
+        names = (manifest.graphs["decoder"].data_file, *found.record.files.values())
+        self._require_memory(f"loading the engines and weights of {folder}",
+                             sum(manifest.files[name].size_bytes for name in names))
         self._library = Library(found.trt, found.device)
         self._sessions: dict[str, EngineSession] = {}
 
@@ -60,9 +62,19 @@ class EngineBackend(Backend):
     def _session(self, graph: str) -> EngineSession:
         with self._found.device.lock:
             if graph not in self._sessions:
-                path = self._folder / self._found.record.files[graph]
-                self._sessions[graph] = EngineSession(self._library, path, *self._inputs(graph))
+                opened = self._opened(graph)
+                self._sessions[graph] = EngineSession(self._library, opened, *self._inputs(graph))
             return self._sessions[graph]
+
+    def _opened(self, graph: str) -> Opened:
+        """Loads an engine, which alone knows its scratch memory. Raises VL2Error where that or weights have no room."""
+        name, facts = self._found.record.files[graph], self._manifest.graphs[graph]
+        engine = self._library.engine(self._folder / name)
+        weights = self._manifest.files[facts.data_file].size_bytes if graph == "decoder" else 0
+        scratch = engine.device_memory_size_v2
+        self._require_memory(f"running {name} with {scratch / 1e9:.2f} GB of scratch memory", weights + scratch)
+        kernels = kernels_file(self._manifest.files[name].sha256, self._found.device.name)
+        return Opened(self._folder / name, engine, kernels)
 
     def _inputs(self, graph: str) -> tuple[dict[str, int], dict[str, str]]:
         """Addresses of the weights that are inputs, and which outputs are caches written in place."""
@@ -80,14 +92,12 @@ class EngineBackend(Backend):
             raise VL2Error(f"the manifest of {self._folder} says nothing of `{missing[0]}` for the engines of {target}",
                            f"build them again: `vl2 engine {self._folder} --target {target} --force`")
 
-    def _require_memory(self) -> None:
-        """Raises VL2Error when weights and engines are more than the device has free."""
-        names = (self._manifest.graphs["decoder"].data_file, *self._found.record.files.values())
-        needed, free = sum(self._manifest.files[name].size_bytes for name in names), self._found.device.free_bytes()
-        if needed > free:
+    def _require_memory(self, what: str, needed: int) -> None:
+        """Raises VL2Error when that is more than the device has free."""
+        if self._check_memory and needed > (free := self._found.device.free_bytes()):
             raise VL2Error(
-                f"loading the engines and weights of {self._folder} needs {needed / 1e9:.2f} GB of the GPU's memory, "
-                f"{free / 1e9:.2f} GB are free",
-                "end other programs, use a bundle of a smaller scheme or model, or open it with --no-memory-check "
+                f"{what} needs {needed / 1e9:.2f} GB of the GPU's memory, {free / 1e9:.2f} GB are free",
+                "end other programs, use a bundle of a smaller scheme or model, build engines for a shorter "
+                "--prefill-chunk and fewer --tiles, or open it with --no-memory-check "
                 "(BundleOptions(check_memory=False))",
             )

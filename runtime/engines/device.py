@@ -78,7 +78,7 @@ class Device:
         self._call("cuMemFree", address)
 
     def put(self, address: int, array: np.ndarray) -> None:
-        """Copies a contiguous array to the device, on the stream; it may change as soon as this returns."""
+        """Copies a contiguous array to the device, on the stream: it has to stay as it is until `synchronize`."""
         assert array.flags.c_contiguous, "only whole arrays are copied"
         if array.nbytes:
             self._call("cuMemcpyHtoDAsync", address, array.ctypes.data, array.nbytes, self.stream)

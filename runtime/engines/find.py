@@ -11,8 +11,8 @@ from vl2.backends import ENGINES_OF
 from vl2.engine_record import EngineHost, EngineRecord, check_engines
 from vl2.errors import VL2Error
 from vl2.manifest import Manifest
-from vl2.plugins.cuda.pack import pack_hash
 from vl2.plugins.tensorrt.flavour import load_tensorrt
+from vl2.plugins.tensorrt.sources import plugin_hash
 from vl2.runtime.engines.device import Device, open_device
 
 _WITHOUT = "export the checkpoint without --lowering trt"
@@ -61,7 +61,7 @@ def _of_backend(folder: Path, manifest: Manifest, flavour: str) -> tuple[str, En
         raise VL2Error(f"there are none of {flavour}, it has those for {held}",
                        f"`vl2 engine {folder} --target local --backend {flavour}` builds them for this machine's GPU")
     trt, device = load_tensorrt(flavour), open_device()
-    host = EngineHost(flavour, trt.__version__, device.compute_capability, pack_hash())
+    host = EngineHost(flavour, trt.__version__, device.compute_capability, plugin_hash())
     errors = []
     for target, record in records.items():
         try:

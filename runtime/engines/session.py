@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from vl2.errors import VL2Error
 from vl2.runtime.backend import Arrays
+from vl2.runtime.engines.contexts import Contexts
 from vl2.runtime.engines.library import Library
 from vl2.runtime.engines.memory import DeviceArray
 
@@ -25,6 +27,15 @@ class Place:
 
     shape: tuple[int, ...]
     address: int
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An engine as TensorRT has loaded it from a file; kernels: the file of what is compiled for it."""
+
+    path: Path
+    engine: Any
+    kernels: Path
 
 
 @dataclass
@@ -41,11 +52,12 @@ class EngineSession:
     An input of the host is copied into a buffer of its own a profile. Everything happens on the device's one stream.
     """
 
-    def __init__(self, library: Library, path: Path, weights: Mapping[str, int], aliased: Mapping[str, str]):
-        self._library, self._device, self._path = library, library.device, path
+    def __init__(self, library: Library, opened: Opened, weights: Mapping[str, int], aliased: Mapping[str, str]):
+        self._library, self._device, self._path = library, library.device, opened.path
         self._weights, self._aliased = weights, aliased
-        self._engine = library.engine(path)
+        self._engine = opened.engine
         self._check_places()
+        self._maker, self._made = Contexts(library.trt, opened.engine, opened.kernels), False
         # one for all contexts: they never run at the same time
         self._scratch = DeviceArray(self._device, (max(1, self._engine.device_memory_size_v2),), np.uint8)
         self._buffers: dict[tuple[int, str], DeviceArray] = {}
@@ -61,26 +73,39 @@ class EngineSession:
         device = self._device
         with device.lock:
             device.activate()
-            places = {name: self._placed(profile, name, value) for name, value in feeds.items()}
-            places |= {name: Place(value.shape, self._buffer(profile, name, value.nbytes).address)
-                       for name, value in results.items()}  # fmt: skip
-            places |= {output: places[source] for output, source in self._aliased.items()}
-            if replay:
-                self._replay(profile, places)
-            else:
-                context = self._context(profile)
-                self._bind(context, places)
-                self._enqueue(context)
-            for name, value in results.items():
-                device.get(value, places[name].address)
-            device.synchronize()
+            try:
+                self._run(feeds, results, profile, replay)
+            except BaseException:
+                # copies that are under way read feeds and write results, which the caller may let go of now
+                with suppress(VL2Error):
+                    device.synchronize()
+                raise
+            if self._made:
+                self._made = False
+                self._maker.keep()
+
+    def _run(self, feeds: Arrays, results: Arrays, profile: int, replay: bool) -> None:
+        device = self._device
+        places = {name: self._placed(profile, name, value) for name, value in feeds.items()}
+        places |= {name: Place(value.shape, self._buffer(profile, name, value.nbytes).address)
+                   for name, value in results.items()}  # fmt: skip
+        places |= {output: places[source] for output, source in self._aliased.items()}
+        if replay:
+            self._replay(profile, places)
+        else:
+            context = self._context(profile)
+            self._bind(context, places)
+            self._enqueue(context)
+        for name, value in results.items():
+            device.get(value, places[name].address)
+        device.synchronize()
 
     def _replay(self, profile: int, places: dict[str, Place]) -> None:
         """The first run on a set of addresses and shapes is TensorRT's own, which it needs before one is captured."""
         key = (profile, *places.items())
         step = self._steps.get(key)
         if step is None:
-            step = self._steps[key] = Step(self._new_context(profile))
+            step = self._steps[key] = Step(self._new_context(profile, captured=True))
             self._bind(step.context, places)
             self._enqueue(step.context)
             if len(self._steps) > _KEPT_STEPS:
@@ -93,6 +118,9 @@ class EngineSession:
 
     def _capture(self, context: Any) -> Any:
         try:
+            capturable = getattr(context, "is_stream_capturable", None)
+            if capturable is not None and not capturable(self._device.stream):
+                raise VL2Error(f"{self._library.trt.__name__} says that it has operations which a graph cannot hold")
             return self._device.capture(lambda: self._enqueue(context))
         except VL2Error as error:
             raise VL2Error(f"a decode step of {self._path.name} cannot be captured as a CUDA graph: {error.message}",
@@ -123,10 +151,9 @@ class EngineSession:
             self._contexts[profile] = self._new_context(profile)
         return self._contexts[profile]
 
-    def _new_context(self, profile: int) -> Any:
+    def _new_context(self, profile: int, captured: bool = False) -> Any:
         expect = self._library.expect
-        context = self._engine.create_execution_context(
-            self._library.trt.ExecutionContextAllocationStrategy.USER_MANAGED)  # fmt: skip
+        context, self._made = self._maker.new(captured), True
         expect(context is not None, f"an execution context of {self._path.name}")
         context.set_device_memory(self._scratch.address, self._scratch.nbytes)
         expect(context.set_optimization_profile_async(profile, self._device.stream), f"taking profile {profile}")

@@ -12,8 +12,10 @@ import pytest
 from vl2.cli import cli, run_command
 from vl2.inspection import describe, inspect_path
 from vl2.manifest import check_files, read_manifest, write_manifest
-from vl2.plugins.cuda.pack import pack_hash
+from vl2.planning.targets import Target
+from vl2.plugins.tensorrt.build import EngineFacts, EngineJob
 from vl2.plugins.tensorrt.flavour import RTX, is_installed
+from vl2.plugins.tensorrt.sources import plugin_hash
 
 needs_rtx = pytest.mark.skipif(not is_installed(RTX), reason="tensorrt-rtx is not installed")
 
@@ -36,7 +38,7 @@ def test_engines_are_built_into_the_bundle_and_recorded(bundle: Path, capsys: py
     manifest = read_manifest(bundle)
     record = manifest.engines["rtx-4090"]
     assert record.files == {"vision": "vision.rtx-4090.engine", "decoder": "decoder.rtx-4090.engine"}
-    assert (record.backend, record.compute_capability, record.kernels) == (RTX, "8.9", pack_hash())
+    assert (record.backend, record.compute_capability, record.kernels) == (RTX, "8.9", plugin_hash())
     assert record.sizes == {"context": 256, "prefill_chunk": 64, "tiles": 2}
     assert len(record.profiles["decoder"]) == 2 and facts["engines"]["files"] == record.files
     check_files(bundle, manifest)
@@ -49,6 +51,28 @@ def test_engines_are_built_into_the_bundle_and_recorded(bundle: Path, capsys: py
     assert run(bundle, "--target", "rtx-4090", *sizes) == 1
     told = capsys.readouterr().err
     assert "were built for version 1.6.1.0, and here it is 1.7" in told and "--target rtx-4090 --force" in told
+
+
+def test_the_gpu_of_this_machine_is_built_for_whatever_its_compute_capability(
+    bundle: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """9.0, of an H200, has no name in TensorRT-RTX; what builds for "this GPU" has to know that it is this one."""
+    here = Target("an H200", "dedicated", 139, 4800, 0.9, ("cuda", "engine"), "a test", compute_capability="9.0",
+                  fp16_tflops=900)  # fmt: skip
+    jobs: list[EngineJob] = []
+
+    def built(job: EngineJob) -> EngineFacts:
+        jobs.append(job)
+        Path(job.out).write_bytes(b"engine")
+        return EngineFacts("1.7.1.116", 6, 1.0, 1 << 20)
+
+    monkeypatch.setattr("vl2.planning.local.local_target", lambda name: here)
+    monkeypatch.setattr("vl2.plugins.tensorrt.flavour.load_tensorrt", lambda flavour: None)
+    monkeypatch.setattr("vl2.plugins.tensorrt.engines.build_apart", built)
+    assert run(bundle, "--target", "local", "--backend", "tensorrt-rtx", "--context", "256") == 0
+    assert {(job.capabilities, job.on_this_gpu) for job in jobs} == {(("9.0",), True)}
+    assert read_manifest(bundle).engines["local"].compute_capability == "9.0"
+    capsys.readouterr()
 
 
 def test_a_board_gets_the_command_to_run_on_it(bundle: Path, capsys: pytest.CaptureFixture) -> None:

@@ -105,20 +105,20 @@ def _chunk(asked: int | None, context: int) -> int:
 def _check_those_there(bundle: Path, name: str, record: Any, chosen: tuple[str, Any]) -> None:
     """Raises VL2Error: that the engines serve already, or why they do not."""
     from vl2.engine_record import EngineHost, check_engines
-    from vl2.plugins.cuda.pack import pack_hash
     from vl2.plugins.tensorrt.flavour import load_tensorrt
+    from vl2.plugins.tensorrt.sources import plugin_hash
 
     backend, target = chosen
     version = load_tensorrt(backend).__version__
-    check_engines(name, record, EngineHost(backend, version, target.compute_capability, pack_hash()))
+    check_engines(name, record, EngineHost(backend, version, target.compute_capability, plugin_hash()))
     raise VL2Error(f"{bundle} has engines for {name} already", "give --force to build them again, of other sizes")
 
 
 def _target(name: str, targets: Any) -> Any:
     from vl2.planning.local import local_target
-    from vl2.planning.targets import target_named
+    from vl2.planning.targets import LOCAL, target_named
 
-    target = local_target("local-gpu") if name in ("local", "local-gpu") else target_named(name, targets)
+    target = local_target("local-gpu") if name in LOCAL else target_named(name, targets)
     if target.engine_backend is None:
         raise VL2Error(
             f"{name} runs {', '.join(target.backends)}, and no TensorRT engines",
@@ -148,13 +148,14 @@ def _capabilities() -> list[str]:
 
 def _build(bundle: Path, chosen: tuple[str, Any, str], context: int, choices: dict[str, Any]) -> dict[str, Any]:
     from vl2.json_file import to_json
+    from vl2.planning.targets import LOCAL
     from vl2.plugins.tensorrt.engines import EngineSizes, EngineTarget, build_engines
     from vl2.plugins.tensorrt.flavour import load_tensorrt
 
     name, target, backend = chosen
     load_tensorrt(backend)
     sizes = EngineSizes(context, choices["prefill_chunk"], choices["tiles"])
-    where = EngineTarget(name, backend, target.compute_capability, on_this_gpu=backend == "tensorrt")
+    where = EngineTarget(name, backend, target.compute_capability, on_this_gpu=name in LOCAL)
 
     def progress(graph: str, number: int, total: int) -> None:
         if number < total:

@@ -44,7 +44,8 @@ def check_gpu() -> Iterator[Check]:
 
 
 def check_tensorrt() -> Iterator[Check]:
-    """Makes a builder with each TensorRT that is installed, imports cuda-bindings: what engines need."""
+    """Makes a builder with each TensorRT that is installed, imports cuda-bindings, looks for a compiler of our kernels:
+    what engines need."""
     for module, (name, mend) in _TENSORRTS.items():
         if importlib.util.find_spec(module) is None:
             mend = "sudo apt install nvidia-jetpack" if is_jetson() and module == "tensorrt" else mend
@@ -59,6 +60,24 @@ def check_tensorrt() -> Iterator[Check]:
                             "print(version('cuda-bindings'))")
     yield Check("engines", "cuda-bindings", MISSING if error else OK, error or f"{answer}, runs engines",
                 "pip install cuda-bindings" if error and gpu_is_possible() else None)
+    yield _check_kernels()
+
+
+def _check_kernels() -> Check:
+    """Whether the plugins' kernels can be compiled, or are already for every GPU here (without a driver: for all)."""
+    from vl2.plugins.cuda import nvrtc, pack
+
+    try:
+        wanted = {pack.architecture_of(gpu.compute_capability) for gpu in find_gpus()}
+    except DriverError:
+        wanted = set()
+    if found := pack.find_nvcc() or nvrtc.find_nvrtc():
+        return Check("engines", "CUDA kernels", OK, f"{found} compiles them when engines are first run", None)
+    if all(map(pack.is_cached, wanted or pack.ARCHITECTURES)):
+        return Check("engines", "CUDA kernels", OK, f"compiled already, kept in {pack.cache_folder()}", None)
+    mend = "pip install nvidia-cuda-nvrtc-cu12==12.6.77" if is_jetson() else "pip install 'nvidia-cuda-nvrtc>=13'"
+    return Check("engines", "CUDA kernels", MISSING, "neither nvcc nor NVRTC compiles them; only engines need it",
+                 mend if gpu_is_possible() else None)
 
 
 def gpu_is_possible() -> bool:

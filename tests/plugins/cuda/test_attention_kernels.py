@@ -96,6 +96,27 @@ def test_attention_equals_the_eager_operator(emulator, name: str) -> None:
     assert y < CUDA_ATTENTION and caches < CUDA_ATTENTION
 
 
+@pytest.mark.parametrize("past", [-(2**40), -3000, -2, 39, 2**31 + 5, 2**40])
+@pytest.mark.parametrize("name", ["latent", "heads"])
+def test_a_past_length_that_cannot_be_touches_no_other_memory(emulator, name: str, past: int) -> None:
+    """Whoever runs an engine sees to it that it is right; a wrong one must not damage what else the device holds."""
+    rng, tokens, capacity = np.random.default_rng(0), 3, 40
+    latent, heads = LatentProblem(2, 4, tokens, 48, 16, capacity, 0.2), AttentionProblem(2, 4, 4, tokens, 16, 40, 0.2)
+    shapes = {"query": (2, tokens, 64), "key": (2, tokens, 64), "value": (2, tokens, 64), "y": (2, tokens, 64),
+              "key_cache": (2, capacity, 4, 16), "value_cache": (2, capacity, 4, 16)}  # fmt: skip
+    if name == "latent":
+        shapes = {"query": (2, 4, tokens, 48), "query_rope": (2, tokens, 4, 16), "latent": (2, tokens, 48),
+                  "key_rope": (2, tokens, 16), "cache": (2, capacity, 64), "y": (2, 4, tokens, 48)}  # fmt: skip
+    arrays = {key: half(rng, shape) for key, shape in shapes.items()} | {"past_length": np.array([past])}
+    arrays["cos"], arrays["sin"] = tables(rng, 2, tokens, 16)
+    before = {key: array.copy() for key, array in arrays.items() if "cache" in key}
+    emulator.run(latent_plan(latent) if name == "latent" else attention_plan(heads), arrays)
+    written = [token for token in range(tokens) if 0 <= past + token < capacity]
+    for key, array in before.items():
+        changed = np.flatnonzero((arrays[key] != array).any(axis=(0, *range(2, array.ndim))))
+        np.testing.assert_array_equal(changed, [past + token for token in written])
+
+
 def test_decode_splits_the_cache_and_a_long_prefill_does_not() -> None:
     assert latent_plan(LatentProblem(1, 16, 1, 512, 64, 4096, 1.0)).launches[1].grid == (64, 1, 1)
     assert latent_plan(LatentProblem(1, 16, 512, 512, 64, 4096, 1.0)).launches[1].grid == (1, 256, 1)

@@ -18,6 +18,14 @@ ROOT = Path(__file__).parents[3]
 SOURCES = sorted(path for folder in ("plugins/tensorrt", "runtime/engines") for path in (ROOT / folder).glob("*.py"))
 # Used with the flavour TensorRT-RTX only.
 RTX_ONLY = {"ComputeCapability"}
+RTX_MEMBERS = {
+    "ComputeCapability": ("CURRENT", "SM86"), "BuilderFlag": ("REQUIRE_USER_ALLOCATION",),
+    "IBuilderConfig": ("num_compute_capabilities", "set_compute_capability", "set_flag"),
+    "DynamicShapesKernelSpecializationStrategy": ("EAGER", "LAZY"), "ICudaEngine": ("create_runtime_config",),
+    "IExecutionContext": ("is_stream_capturable",), "IRuntimeCache": ("deserialize", "serialize"),
+    "IRuntimeConfig": ("create_runtime_cache", "set_runtime_cache", "set_execution_context_allocation_strategy",
+                       "dynamic_shapes_kernel_specialization_strategy"),
+}  # fmt: skip
 # What is called on objects, whose classes the sources do not name.
 MEMBERS = {
     "Builder": ("create_network", "create_builder_config", "create_optimization_profile", "build_serialized_network"),
@@ -82,7 +90,8 @@ def test_every_name_that_we_use_exists_in(version: str) -> None:
 
 def test_the_same_names_exist_in_tensorrt_rtx(rtx: str) -> None:
     module = load_tensorrt(rtx)
-    for name, *members in used_names() | {(name, member) for name, each in MEMBERS.items() for member in each}:
+    tables = (*MEMBERS.items(), *RTX_MEMBERS.items())
+    for name, *members in used_names() | {(name, member) for name, each in tables for member in each}:
         assert hasattr(module, name), f"trt.{name}"
         if members:
             assert hasattr(getattr(module, name), members[0]), f"trt.{name}.{members[0]}"

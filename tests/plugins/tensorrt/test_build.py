@@ -9,8 +9,9 @@ import pytest
 from tests.plugins.tensorrt.conftest import LINEAR, LINEAR_INPUTS
 from vl2.errors import VL2Error
 from vl2.manifest import read_manifest
-from vl2.plugins.tensorrt.build import EngineJob, build_apart
+from vl2.plugins.tensorrt.build import EngineJob, _capability, _config, build_apart
 from vl2.plugins.tensorrt.engines import EngineSizes, profiles
+from vl2.plugins.tensorrt.flavour import load_tensorrt, logger_of
 
 CAPABILITIES = ("8.6", "8.9", "12.0")
 TOKENS = ({"x": ((1, 128), (4, 128), (512, 128))},)
@@ -74,6 +75,20 @@ def test_a_gpu_that_tensorrt_rtx_does_not_build_for_is_named(rtx: str, one_node)
     path = one_node("Linear", LINEAR, LINEAR_INPUTS)
     with pytest.raises(VL2Error, match="builds no engine for compute capability 8.7"):
         build_apart(EngineJob(path, f"{path}.engine", rtx, ("8.7",), TOKENS))
+
+
+def test_a_gpu_of_this_machine_that_has_no_name_is_left_to_tensorrt_rtx(rtx: str) -> None:
+    """An H200 has 9.0: whether it is built for is TensorRT-RTX's to say."""
+    kinds = load_tensorrt(rtx).ComputeCapability
+    asked = [_capability(load_tensorrt(rtx), name, on_this_gpu=True) for name in ("9.0", "8.9")]
+    assert asked == [kinds.CURRENT, kinds.SM89]
+
+
+def test_a_build_asks_for_memory_that_a_graph_can_be_captured_over(rtx: str) -> None:
+    trt = load_tensorrt(rtx)
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    made = _config(trt, builder, EngineJob("one.onnx", "one.engine", rtx, ("8.9",)), logger_of(trt))
+    assert made.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
 
 def test_a_builder_that_dies_is_told_with_what_it_said(rtx: str, tmp_path: Path) -> None:

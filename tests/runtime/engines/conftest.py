@@ -15,12 +15,12 @@ from tests.runtime.engines.fake_cuda import FakeDriver
 from tests.runtime.engines.fake_tensorrt import VERSION, fake_tensorrt
 from vl2.engine_record import EngineRecord
 from vl2.manifest import file_facts, read_manifest, write_manifest
-from vl2.plugins.cuda.pack import pack_hash
 from vl2.plugins.tensorrt.engines import EngineSizes, engine_file, profiles
+from vl2.plugins.tensorrt.sources import plugin_hash
 from vl2.runtime.engines.device import Device
 
 SIZES = EngineSizes(context=700, prefill_chunk=48, tiles=2)
-RECORD = EngineRecord("tensorrt-rtx", VERSION, "8.9", pack_hash(), vars(SIZES), {}, {}, {})
+RECORD = EngineRecord("tensorrt-rtx", VERSION, "8.9", plugin_hash(), vars(SIZES), {}, {}, {})
 
 
 @dataclass
@@ -32,10 +32,11 @@ class Machine:
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
     """TensorRT-RTX on a GPU of compute capability 8.9; other TensorRTs are not installed."""
     driver = FakeDriver()
     trt = fake_tensorrt(driver)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("vl2.runtime.engines.find.load_tensorrt", lambda flavour: trt)
     monkeypatch.setattr("vl2.runtime.engines.find.open_device", lambda: Device(driver))
     monkeypatch.setattr("vl2.runtime.engines.library.launcher_of", lambda device: None)

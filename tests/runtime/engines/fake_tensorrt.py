@@ -5,6 +5,7 @@ profiles. A run emulates the graph on what lies at the addresses that were bound
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,9 +28,10 @@ class ILogger:
 
 
 def fake_tensorrt(driver: FakeDriver) -> Any:
-    """The module; contexts: all execution contexts that were made."""
+    """The module; contexts: all execution contexts that were made; capturable: what they say of themselves."""
     module = SimpleNamespace(
         __name__="tensorrt_rtx", __version__=VERSION, ILogger=ILogger, contexts=[], fail=False,
+        capturable=True, DynamicShapesKernelSpecializationStrategy=SimpleNamespace(LAZY="lazy", EAGER="eager"),
         TensorLocation=SimpleNamespace(DEVICE="device"), TensorIOMode=SimpleNamespace(INPUT="input"),
         ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user"),
         # as if other plugins of this process were registered already
@@ -82,15 +84,55 @@ class Engine:
     def dtype(self, name: str) -> np.dtype:
         return onnx.helper.tensor_dtype_to_np_dtype(self.tensors[name].elem_type)
 
-    def create_execution_context(self, strategy: str) -> Context:
-        assert strategy == "user", "one scratch block serves all contexts"
-        self.module.contexts.append(Context(self))
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig()
+
+    def create_execution_context(self, given: RuntimeConfig | str) -> Context:
+        config = RuntimeConfig(given, "none") if isinstance(given, str) else given
+        assert config.memory == "user", "one scratch block serves all contexts"
+        self.module.contexts.append(Context(self, config))
         return self.module.contexts[-1]
 
 
+@dataclass
+class RuntimeConfig:
+    """As IRuntimeConfig; memory, dynamic_shapes_kernel_specialization_strategy, kernels: what was set."""
+
+    memory: str = "static"
+    dynamic_shapes_kernel_specialization_strategy: str = "lazy"
+    kernels: RuntimeCache | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.memory = strategy
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache()
+
+    def set_runtime_cache(self, kernels: RuntimeCache) -> bool:
+        self.kernels = kernels
+        return True
+
+
+class RuntimeCache:
+    """Says only how often a kernel was compiled, by strategy."""
+
+    def __init__(self):
+        self.compiled: dict[str, int] = {}
+
+    def deserialize(self, blob: bytes) -> bool:
+        try:
+            self.compiled = json.loads(blob)
+        except ValueError:
+            return False
+        return True
+
+    def serialize(self) -> bytes:
+        return json.dumps(self.compiled).encode()
+
+
 class Context:
-    def __init__(self, engine: Engine):
-        self.engine, self.driver = engine, engine.driver
+    def __init__(self, engine: Engine, config: RuntimeConfig):
+        self.engine, self.driver, self.config = engine, engine.driver, config
         self.shapes, self.addresses, self.ranges, self.changes = {}, {}, {}, 0
 
     def set_device_memory(self, address: int, size: int) -> None:
@@ -115,7 +157,13 @@ class Context:
         self.addresses[name], self.changes = address, self.changes + 1
         return name in self.engine.tensors
 
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.engine.module.capturable
+
     def execute_async_v3(self, stream: int) -> bool:
+        if self.config.kernels is not None:
+            when, compiled = self.config.dynamic_shapes_kernel_specialization_strategy, self.config.kernels.compiled
+            compiled[when] = max(1, compiled.get(when, 0))
         if self.engine.module.fail:
             self.engine.logger.log(ILogger.ERROR, "an illegal memory access was encountered")
             return False

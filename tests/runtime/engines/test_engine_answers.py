@@ -131,6 +131,8 @@ def test_conversations_taken_in_turns_do_not_disturb_each_other(tiny_model: Mode
     monkeypatch.setattr("vl2.runtime.engines.session._KEPT_STEPS", kept)
     ids = [np.random.default_rng(seed).integers(3, 600, 12) for seed in (0, 1)]
     alone = [walked_over(tiny_model, [row])[0] for row in ids]
+    # a new cache may lie where one of those before lay, and would find its graph
+    tiny_model.engine.backend._sessions["decoder"]._steps.clear()
     machine.driver.calls.clear()
     np.testing.assert_array_equal(walked_over(tiny_model, ids), alone)
     assert machine.driver.calls.get("cuGraphLaunch", 0) == (0 if kept == 1 else 2 * 7)
@@ -182,10 +184,12 @@ def test_a_prompt_beyond_the_engines_context_is_told_so(tiny_model: Model) -> No
 
 
 def test_a_failing_run_is_told_in_tensorrts_words(tiny_model: Model, machine: Machine) -> None:
-    machine.trt.fail = True
+    tiny_model.engine.backend.load("decoder")
+    machine.trt.fail, waited = True, machine.driver.calls["cuStreamSynchronize"]
     with pytest.raises(VL2Error, match=r"running decoder.rtx-4090.engine failed: .*illegal memory access") as caught:
         tiny_model.ask("What?", options=SHORT)
     assert caught.value.hint
+    assert machine.driver.calls["cuStreamSynchronize"] > waited, "copies of inputs that are let go of are under way"
 
 
 def test_a_step_that_cannot_be_captured_is_an_error_with_the_way_out(tiny: Path, machine: Machine) -> None:
@@ -195,6 +199,24 @@ def test_a_step_that_cannot_be_captured_is_an_error_with_the_way_out(tiny: Path,
         open_bundle(tiny, RTX).ask("What?", options=SHORT)
     assert "--no-cuda-graph" in caught.value.hint
     assert len(open_bundle(tiny, BundleOptions(cuda_graph=False)).ask("What?", options=SHORT).token_ids) == 6
+
+
+def test_a_step_that_tensorrt_says_cannot_be_captured_is_not_tried(tiny_model: Model, machine: Machine) -> None:
+    machine.trt.capturable = False
+    with pytest.raises(VL2Error, match="cannot be captured as a CUDA graph: tensorrt_rtx says that") as caught:
+        tiny_model.ask("What?", options=SHORT)
+    assert "--no-cuda-graph" in caught.value.hint and "cuStreamBeginCapture" not in machine.driver.calls
+
+
+def test_scratch_memory_that_finds_no_room_is_told_before_weights_are_copied(tiny: Path, machine: Machine,
+                                                                            monkeypatch) -> None:
+    with_engines(tiny)
+    monkeypatch.setattr("tests.runtime.engines.fake_tensorrt.Engine.device_memory_size_v2", 3 << 30)
+    with pytest.raises(VL2Error, match=r"decoder.rtx-4090.engine with 3.22 GB of scratch .* needs 3.22 GB") as caught:
+        open_bundle(tiny, RTX).ask("What?", options=SHORT)
+    assert "--prefill-chunk" in caught.value.hint and machine.driver.held_bytes == 0
+    with pytest.raises(VL2Error, match="the GPU gives no 3.22 GB"):
+        open_bundle(tiny, BundleOptions(check_memory=False)).ask("What?", options=SHORT)
 
 
 def test_a_gpu_with_too_little_memory_is_told_before_anything_is_loaded(tiny: Path, machine: Machine) -> None:
