@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import re
+from collections.abc import Iterator
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -25,6 +30,14 @@ NUMBER: /0|[1-9][0-9]{0,2}/
 TEXT: /(?s:.+)/ & ~/(?s:.*)<\|\/?(ref|det)\|>(?s:.*)/
 LABEL: /.+/ & ~/.*<\|\/?(ref|det)\|>.*/
 """
+# llguidance makes a state for each remainder: 20,000 take 0.25 s of one core and 10 MB, 999,983 take 13 s and 480 MB.
+_MOST_REMAINDERS = 20_000
+# What brings the `multipleOf` of two places together; the states are then those of their least common multiple.
+_COMBINING = frozenset({"allOf", "anyOf", "oneOf", "$ref", "patternProperties"})
+# Of an error of llguidance: behind this mark comes its own state, which says nothing to a user.
+_INTERNALS = "<state>"
+_EXCERPT = re.compile(r" *\d+ \| ")
+_LONGEST_REASON = 300
 # One line, as json.dumps writes it: a weak model may fill an answer with free white space.
 _JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _HINTS = {
@@ -59,8 +72,8 @@ class Matcher:
 
         self._matcher = LLMatcher(tokenizer, _grammar(constraint), log_level=0)
         if self._matcher.is_error():
-            reason = self._matcher.get_error().strip()
-            raise VL2Error(f"the {constraint.kind} of the constraint cannot be used: {reason}", _HINTS[constraint.kind])
+            raise VL2Error(f"the {constraint.kind} of the constraint cannot be used: {self._reason()}",
+                           _HINTS[constraint.kind])
         for warning in self._matcher.get_grammar_warnings():
             log.warning("constraint: %s", warning)
         self._order = BoxOrder(token_bytes) if constraint.kind == "boxes" else None
@@ -83,8 +96,15 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise VL2Error(f"the constraint cannot be followed any further: {self._matcher.get_error().strip()}",
+            raise VL2Error(f"the constraint cannot be followed any further: {self._reason()}",
                            "make the regular expression or schema simpler")
+
+    def _reason(self) -> str:
+        """llguidance's error on one line, without arrows and the lines of its own grammar that they point at."""
+        lines = self._matcher.get_error().partition(_INTERNALS)[0].splitlines()
+        told = [line for line in lines if line.strip(" ^") and not _EXCERPT.match(line)]
+        reason, half = " ".join(" ".join(told).split()), _LONGEST_REASON // 2
+        return reason if len(reason) <= _LONGEST_REASON else f"{reason[:half]} … {reason[-half:]}"
 
 
 def _grammar(constraint: Constraint) -> str:
@@ -95,8 +115,46 @@ def _grammar(constraint: Constraint) -> str:
         return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(constraint.text, 'd')}/")
     if constraint.kind == "boxes":
         return LLMatcher.grammar_from_lark(_BOXES)
-    schema = constraint.text if constraint.kind == "json_schema" else '{"type": "object"}'
+    text = constraint.text if constraint.kind == "json_schema" else '{"type": "object"}'
     try:
-        return LLMatcher.grammar_from_json_schema(json.loads(schema), overrides=_JSON_FORM)
+        schema = json.loads(text)
+        _check_remainders(schema)
+        return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_FORM)
     except (TypeError, ValueError, RecursionError) as error:
         raise VL2Error(f"the JSON schema of the constraint cannot be read: {error}", _HINTS["json_schema"]) from error
+
+
+def _check_remainders(schema: Any) -> None:
+    """Raises VL2Error where the `multipleOf` of a schema would take too much time and memory to follow."""
+    parts = list(_parts(schema))
+    # A whole number and a decimal have the remainders of the numerator in lowest terms.
+    numerators = {_numerator(part["multipleOf"]): part["multipleOf"] for part in parts
+                  if _is_number(part.get("multipleOf"))}
+    combined = any(not _COMBINING.isdisjoint(part) for part in parts)
+    if sum(numerators) > _MOST_REMAINDERS or (combined and math.lcm(*numerators) > _MOST_REMAINDERS):
+        largest = repr(numerators[max(numerators)])[:_LONGEST_REASON]
+        raise VL2Error(f"the JSON schema of the constraint cannot be used: it has multipleOf {largest}, and the "
+                       f"remainders of its multipleOf together are more than {_MOST_REMAINDERS:,}",
+                       "leave multipleOf out and check the number yourself")
+
+
+def _parts(schema: Any) -> Iterator[dict[str, Any]]:
+    """All objects of a schema, also those that are values or map names: which ones are, a property's name can feign."""
+    waiting = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            yield part
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+
+
+def _is_number(value: Any) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole or (isinstance(value, float) and math.isfinite(value))
+
+
+def _numerator(value: float) -> int:
+    """In lowest terms, of the number as it is written in JSON: 0.1 is a tenth."""
+    return abs(Fraction(Decimal(repr(value))).numerator)

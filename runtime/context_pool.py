@@ -32,9 +32,10 @@ class ContextPool:
         """Memory of all contexts, those in use too."""
         return sum(context.used_bytes for context in self._idle + self._busy)
 
-    def has_room(self, positions: Sequence[int]) -> bool:
-        """Whether there is memory for answers of so many positions each, those in use among them, once idle ones go."""
-        wanted = Context(self._engine).bytes_for(sum(positions)) - self._busy_bytes()
+    def has_room(self, positions: Sequence[int], more_bytes: int = 0) -> bool:
+        """Whether there is memory for answers of so many positions each, those in use among them, once idle ones go,
+        and for `more_bytes`."""
+        wanted = self._engine.position_bytes * sum(positions) + more_bytes - self._busy_bytes()
         return wanted <= self._available_bytes() + sum(context.used_bytes for context in self._idle)
 
     @contextmanager

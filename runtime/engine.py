@@ -19,7 +19,7 @@ from vl2.runtime.constrained import grammar_tokenizer
 from vl2.runtime.detokenize import TokenBytes
 from vl2.runtime.embeddings import Embeddings
 from vl2.runtime.image_cache import ImageCache
-from vl2.runtime.kv_cache import KVCache
+from vl2.runtime.kv_cache import KVCache, position_bytes
 from vl2.runtime.options import BundleOptions
 
 
@@ -49,6 +49,11 @@ class Engine:
     def largest_batch(self) -> int:
         """How many sequences may decode together, each with the answer that it would give alone."""
         return LARGEST_BATCH if self.manifest.graphs["decoder"].slots else 1
+
+    @cached_property
+    def position_bytes(self) -> int:
+        """Memory of one position of a sequence's cache."""
+        return position_bytes(self.manifest.graphs["decoder"])
 
     @cached_property
     def _slots(self) -> CacheSlots:

@@ -30,7 +30,8 @@ class Generation:
     """
 
     def __init__(self, engine: Engine, layout: Layout, options: GenerationOptions):
-        self._engine, self._layout, self._options = engine, layout, options
+        self._engine, self._options = engine, options
+        self._prompt_tokens, self._image_sizes = len(layout.input_ids), [image.size for image in layout.images]
         self._limit = min(options.max_new_tokens, _room_for_answer(engine, layout))
         self._sampler = Sampler(options, layout.input_ids, engine.manifest.language.vocab_size)
         self._matcher = None if options.constraint is None else Matcher(
@@ -93,6 +94,7 @@ class Generation:
             self._load_graphs()
         with self._timed("encode"):
             embeds = self.inputs.embeds(self._reused, self._between)
+            self.inputs.let_go()
         with self._timed("prefill"):
             contents = self.inputs.contents[self._reused:]
             return self._choose(self._context.prefill(contents, embeds, self._options.prefill_chunk, self._between))
@@ -136,16 +138,16 @@ class Generation:
 
     def _answer(self, reason: str) -> Answer:
         found = grounding.parse(self._stream.text)
-        images, seconds, ids = self._layout.images, self._seconds, self.progress.token_ids
+        sizes, seconds, ids = self._image_sizes, self._seconds, self.progress.token_ids
         logprobs = self.progress.logprobs
         return Answer(
             text=self._stream.text,
             token_ids=tuple(ids),
-            prompt_tokens=len(self._layout.input_ids),
+            prompt_tokens=self._prompt_tokens,
             reused_tokens=self._reused,
             boxes=found.boxes,
             box_problems=found.problems,
-            image_size=images[-1].size if images else None,
+            image_size=sizes[-1] if sizes else None,
             stop_reason=reason,
             load_ms=seconds["load"] * 1e3,
             encode_ms=seconds["encode"] * 1e3,
@@ -153,7 +155,7 @@ class Generation:
             decode_ms=seconds["decode"] * 1e3,
             tokens_per_second=self._decode_steps / seconds["decode"] if self._decode_steps else None,
             peak_rss_bytes=peak_rss_bytes(),
-            image_cache_hits=len(images) - self.inputs.encoded,
+            image_cache_hits=len(sizes) - self.inputs.encoded,
             loop=self._loop,
             logprobs=None if logprobs is None else tuple(logprobs[:len(ids)]),
         )

@@ -81,6 +81,8 @@ def parse(text: str) -> Grounding:
     for ref, det in pairs:
         found, reasons = _parse_boxes(det[1])
         boxes += [Box(ref[1], *corners) for corners in found]
+        reasons += [f"{list(corners)} leaves 0…{_FULL_SCALE}" for corners in found
+                    if not all(0 <= corner <= _FULL_SCALE for corner in corners)]
         problems += [f"boxes of {ref[1]!r}: {reason}" for reason in reasons]
     return Grounding(tuple(boxes), tuple(problems))
 
@@ -145,7 +147,7 @@ def draw(image: Image.Image, boxes: tuple[Box, ...] | list[Box]) -> Image.Image:
     size = max(12, min(canvas.size) // 40)
     font = ImageFont.load_default(size)
     for index, box in enumerate(boxes):
-        x1, y1, x2, y2 = box.pixels(canvas.size)
+        x1, y1, x2, y2 = _near(box.pixels(canvas.size), canvas.size)
         colour = _COLOURS[index % len(_COLOURS)]
         # A model may write the corners the other way round; Pillow would refuse them.
         pen.rectangle((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), outline=colour, width=_LINE_WIDTH)
@@ -153,3 +155,10 @@ def draw(image: Image.Image, boxes: tuple[Box, ...] | list[Box]) -> Image.Image:
         above = top - size - _LINE_WIDTH - 2
         pen.text((min(x1, x2), above if above >= 0 else top + _LINE_WIDTH), box.label, fill=colour, font=font)
     return canvas
+
+
+def _near(corners: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Corners no further than a line's width outside of `size`, since Pillow goes over all pixels of an outline."""
+    sides = (*size, *size)
+    return tuple(min(max(corner, -_LINE_WIDTH), side + _LINE_WIDTH)
+                 for corner, side in zip(corners, sides, strict=True))

@@ -14,6 +14,17 @@ from vl2.runtime.backend import CacheMemory, HostMemory
 _SMALLEST_CAPACITY = 64
 
 
+def position_bytes(graph: Graph) -> int:
+    """Memory of one position in the caches of a decoder graph, without making one."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in _entries(graph).values())
+
+
+def _entries(graph: Graph) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of a position, by port `past`."""
+    ports = {port.name: port for port in graph.inputs}
+    return {pair.past: (tuple(ports[pair.past].shape[2:]), np.dtype(ports[pair.past].dtype)) for pair in graph.cache}
+
+
 class KVCache:
     """Entries of `length` positions for every cache port of a decoder graph, batch size 1.
 
@@ -25,14 +36,12 @@ class KVCache:
     slot: int = 0
 
     def __init__(self, graph: Graph, memory: CacheMemory | None = None, limit: int | None = None):
-        ports = {port.name: port for port in graph.inputs}
         self._pairs, self.in_place = graph.cache, graph.in_place
         self._memory, self._limit = memory or HostMemory(), limit
-        self._entries = {pair.past: (tuple(ports[pair.past].shape[2:]), np.dtype(ports[pair.past].dtype))
-                         for pair in graph.cache}
+        self._entries = _entries(graph)
         self._buffers: dict[str, Any] = {name: self._memory.allocate((1, 0, *shape), dtype)
                                          for name, (shape, dtype) in self._entries.items()}
-        self.position_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._entries.values())
+        self.position_bytes = position_bytes(graph)
         self.capacity = 0
         self.length = 0
         self._touched = 0

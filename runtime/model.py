@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 from PIL import Image
 
 from vl2.errors import VL2Error
@@ -23,7 +24,10 @@ ImageSource = str | os.PathLike | Image.Image
 
 
 class Model:
-    """An opened bundle. Not thread-safe: all answers are computed in one thread, those of `complete` also in turns."""
+    """An opened bundle. Not thread-safe: all answers are computed in one thread, those of `complete` also in turns.
+
+    Another thread may call `complete`, one call at a time: it touches nothing that computing changes.
+    """
 
     def __init__(self, engine: Engine, kv_cache_bytes: int = BundleOptions().kv_cache_bytes):
         self.engine = engine
@@ -44,9 +48,12 @@ class Model:
         """How many answers' steps may be taken together (`engine.run_steps`), each answer as it would be alone."""
         return self.engine.largest_batch
 
-    def has_room(self, streams: Sequence[AnswerStream]) -> bool:
-        """Whether there is memory for the caches of these answers of `complete`, begun or not, at their longest."""
-        return self._contexts.has_room([stream.positions for stream in streams])
+    def has_room(self, streams: Sequence[AnswerStream], more_bytes: int = 0) -> bool:
+        """Whether there is memory for the caches of these answers of `complete`, begun or not, at their longest.
+
+        more_bytes: to be had beside them, such as for images that are not decoded yet.
+        """
+        return self._contexts.has_room([stream.positions for stream in streams], more_bytes)
 
     def ask(
         self, question: str, images: Sequence[ImageSource] = (), options: GenerationOptions | None = None
@@ -76,10 +83,11 @@ class Model:
             raise VL2Error(f"the conversation {found}", "end it with a user message")
         layout = self.engine.processor.lay_out([*messages, Message("assistant", "")])
         generation = Generation(self.engine, layout, options or GenerationOptions())
-        return AnswerStream(self._in_pool(generation), generation.progress)
+        # Hashes the images here, where the caller may be a thread of its own.
+        return AnswerStream(self._in_pool(generation, generation.inputs.contents), generation.progress)
 
-    def _in_pool(self, generation: Generation) -> Pieces:
-        with self._contexts.lent(generation.inputs.contents) as context:
+    def _in_pool(self, generation: Generation, contents: np.ndarray) -> Pieces:
+        with self._contexts.lent(contents) as context:
             return (yield from generation.pieces(context))
 
     def chat(self, system: str | None = None) -> Chat:

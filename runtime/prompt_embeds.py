@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,12 +15,15 @@ from vl2.prompt import Layout
 from vl2.runtime.engine import Engine
 from vl2.runtime.image_features import assemble_image, encode_tiles
 
+# Hashed at once: a few rows, so that no second copy of a large image is made.
+_STRIP_PIXELS = 1 << 20
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False)
 class ImageSpan:
-    """An image of a prompt, its tiles (tw, th) and its positions start … end - 1."""
+    """An image of a prompt, its tiles (tw, th) and its positions start … end - 1. image: None once it was let go."""
 
-    image: Image.Image
+    image: Image.Image | None
     crop: np.ndarray
     start: int
     end: int
@@ -29,7 +32,10 @@ class ImageSpan:
     def digest(self) -> bytes:
         """sha256 of pixels, size and crop."""
         facts = np.array([*self.image.size, *self.crop], np.int64).tobytes()
-        return hashlib.sha256(facts + self.image.tobytes()).digest()
+        digest = hashlib.sha256(facts)
+        for strip in _strips(self.image):
+            digest.update(strip.tobytes())
+        return digest.digest()
 
 
 class PromptInputs:
@@ -39,7 +45,7 @@ class PromptInputs:
     """
 
     def __init__(self, engine: Engine, layout: Layout):
-        self._engine, self._layout = engine, layout
+        self._engine, self._input_ids = engine, layout.input_ids
         self.images = _image_spans(engine, layout)
         self.encoded = 0
         self._vectors: dict[bytes, np.ndarray] = {}
@@ -47,7 +53,7 @@ class PromptInputs:
     @cached_property
     def contents(self) -> np.ndarray:
         """int64 [T]: token ids, and for the positions of an image a negative number made from its pixels and crop."""
-        contents = self._layout.input_ids.copy()
+        contents = self._input_ids.copy()
         for span in self.images:
             contents[span.start:span.end] = -1 - (int.from_bytes(span.digest[:8], "little") >> 1)
         return contents
@@ -69,13 +75,18 @@ class PromptInputs:
         between: called before each part of the work, may raise.
         """
         self.needs_vision(start)
-        embeds = self._engine.embeddings.lookup(self._layout.input_ids[start:])
+        embeds = self._engine.embeddings.lookup(self._input_ids[start:])
         for span in self.images:
             if span.end > start:
                 vectors = self._vectors_of(span, between)
                 embeds[max(span.start - start, 0):span.end - start] = vectors[max(start - span.start, 0):]
         self._vectors.clear()
         return embeds
+
+    def let_go(self) -> None:
+        """Frees the pixels, 4 bytes each, which nothing needs once `contents` and `embeds` were made from them."""
+        for span in self.images:
+            span.image = None
 
     def _vectors_of(self, span: ImageSpan, between: Callable[[], None]) -> np.ndarray:
         if span.digest not in self._vectors:
@@ -85,6 +96,7 @@ class PromptInputs:
 
     def _encode(self, span: ImageSpan, between: Callable[[], None]) -> np.ndarray:
         engine, geometry = self._engine, self._engine.processor.geometry
+        between()
         tiles = image_tiles(span.image, span.crop, geometry)
         hidden = engine.manifest.language.hidden_size
         features = encode_tiles(engine.backend, tiles, geometry, hidden, between)
@@ -94,6 +106,12 @@ class PromptInputs:
 
     def _key(self, span: ImageSpan) -> bytes:
         return hashlib.sha256(self._engine.identity + span.digest).digest()
+
+
+def _strips(image: Image.Image) -> Iterator[Image.Image]:
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def contents_of(layout: Layout, engine: Engine) -> np.ndarray:

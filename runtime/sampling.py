@@ -15,6 +15,8 @@ class Sampler:
 
     def __init__(self, options: GenerationOptions, prompt_ids: np.ndarray, vocab_size: int):
         self._options = options
+        # As it divides: what is less than the smallest float32 is greedy too, not a division by 0.
+        self._temperature = np.float32(options.temperature)
         self._random = np.random.default_rng(options.seed)
         self._seen = np.zeros(vocab_size, bool)
         self._seen[prompt_ids] = True
@@ -29,7 +31,7 @@ class Sampler:
             penalise_counts(logits, self._drawn, options.frequency_penalty, options.presence_penalty)
         if allowed is not None:
             logits[~allowed] = -np.inf
-        if options.temperature == 0.0:
+        if self._temperature == 0:
             token = int(np.argmax(logits))
         else:
             token = self._sample(logits)
@@ -38,7 +40,9 @@ class Sampler:
         return token
 
     def _sample(self, logits: np.ndarray) -> int:
-        weights = np.exp((logits - logits.max()) / np.float32(self._options.temperature), dtype=np.float32)
+        with np.errstate(over="ignore"):  # to -inf, which is no probability
+            tempered = (logits - logits.max()) / self._temperature
+        weights = np.exp(tempered, dtype=np.float32)
         tokens, shares = nucleus(weights.astype(np.float64) / weights.sum(dtype=np.float64), self._options.top_p)
         cumulative = np.cumsum(shares)
         position = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))

@@ -56,6 +56,11 @@ def unknown_model(wanted: str, name: str) -> ApiError:
     return ApiError(404, f"the model {wanted[:80]!r} is not served, expected {name!r}", "model", "model_not_found")
 
 
+def shutting_down() -> ApiError:
+    """Status 503 for what is ended, or comes, at the server's end."""
+    return ApiError(503, "the server is shutting down")
+
+
 def internal_error(name: str) -> ApiError:
     """Status 500 for the exception that is being handled; the log has its traceback under the request's name."""
     log.exception("%s failed", name)

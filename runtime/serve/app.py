@@ -73,4 +73,4 @@ def _model_routes(model: Model, name: str) -> list[Route]:
         return JSONResponse(facts)
 
     return [Route("/v1/models", _constant(lambda: {"object": "list", "data": [facts]}), methods=["GET"]),
-            Route("/v1/models/{model}", one, methods=["GET"])]
+            Route("/v1/models/{model:path}", one, methods=["GET"])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,9 @@ from starlette.types import Receive
 from vl2.runtime.serve.api_error import ApiError
 from vl2.runtime.serve.settings import Limits
 
+# Of each request: a long conversation in words; those of all connections together are 32 MB.
+FREE_BYTES = 256 << 10
+
 
 def client_left() -> ApiError:
     """Status 499. Made anew each time: a raised error keeps its traceback, and by it the request's frames."""
@@ -20,37 +24,58 @@ def client_left() -> ApiError:
 
 
 class PendingBytes:
-    """Counts the bodies of all requests that are not finished. For one event loop."""
+    """Counts the bodies and images of all requests that are not finished. For one event loop.
+
+    limit: of all together. A client that has requests with large ones already is left half of it, so that others are
+    served beside it; the first FREE_BYTES of a request are not counted, so that a question in words always is.
+    """
 
     def __init__(self, limit: int):
         self._limit, self._held = limit, 0
+        self._of_client: Counter[str] = Counter()
 
     @contextmanager
-    def account(self) -> Iterator[Account]:
+    def account(self, client: str) -> Iterator[Account]:
         """What one request takes, given back at its end."""
-        account = Account(self)
+        account = Account(self, client)
         try:
             yield account
         finally:
-            self._held -= account.size
+            self._give_back(client, account.counted)
 
-    def take(self, size: int) -> None:
-        """Raises ApiError 429 when no room is left."""
-        if self._held + size > self._limit:
+    def take(self, client: str, held: int, size: int) -> None:
+        """Counts `size` more of a request that holds `held`.
+
+        Raises ApiError 413 where it is too large by itself, 429 when no room is left.
+        """
+        if held + size > self._limit:
+            raise ApiError(413, f"the request has more than {self._limit:,} bytes with its images")
+        of_client = self._of_client[client]
+        others_of_client = of_client - held
+        if self._held + size > self._limit or (others_of_client and of_client + size > self._limit // 2):
             raise ApiError(429, "too many large requests at once", code="queue_full", retry_after=5)
         self._held += size
+        self._of_client[client] += size
+
+    def _give_back(self, client: str, size: int) -> None:
+        self._held -= size
+        self._of_client[client] -= size
+        if not self._of_client[client]:  # else the names of all who ever came would stay
+            del self._of_client[client]
 
 
 class Account:
-    """size: the bytes of one request so far."""
+    """size: the bytes of one request so far; counted: those of them that take room."""
 
-    def __init__(self, pending: PendingBytes):
-        self._pending, self.size = pending, 0
+    def __init__(self, pending: PendingBytes, client: str):
+        self._pending, self._client, self.size, self.counted = pending, client, 0, 0
 
     def add(self, size: int) -> None:
-        """Raises ApiError 429 as PendingBytes.take."""
-        self._pending.take(size)
-        self.size += size
+        """Raises ApiError as PendingBytes.take."""
+        counted = max(0, self.size + size - FREE_BYTES)
+        if counted > self.counted:
+            self._pending.take(self._client, self.counted, counted - self.counted)
+        self.size, self.counted = self.size + size, counted
 
 
 async def read_body(headers: Headers, receive: Receive, limits: Limits, account: Account) -> bytes:

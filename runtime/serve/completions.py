@@ -37,38 +37,37 @@ class Completions:
     def __init__(self, settings: ServeSettings, geometry: ImageGeometry, worker: Worker, fetch: Fetch):
         self._settings, self._geometry, self._worker, self._fetch = settings, geometry, worker, fetch
         self._reader = RequestReader(settings)
-        self._pending = PendingBytes(settings.limits.pending_bytes)
+        self._pending = PendingBytes(settings.limits.room_for_requests)
         self._fetchers = ThreadPoolExecutor(_FETCHES, "vl2-fetch")
         self._parsers = ThreadPoolExecutor(_PARSERS, "vl2-parse")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises ApiError before anything is sent; after that errors go into the stream."""
-        with self._pending.account() as account:
+        with self._pending.account(scope["state"]["client"]) as account:
             body = await read_body(Headers(scope=scope), receive, self._settings.limits, account)
             loop = asyncio.get_running_loop()
             request = await loop.run_in_executor(self._parsers, self._reader.read, body)
             del body
-            images = await self._images(request, account)
+            images, pixels = await self._images(request, account)
             job = Job(scope["state"]["name"], scope["state"]["client"], request.turns, images, request.options,
-                      Channel(_MOST_CHARACTERS))
+                      Channel(_MOST_CHARACTERS), pixels)
             reply = Reply(job.name, self._settings.name, request.include_usage)
             self._worker.submit(job)
             await self._answer(job, reply, request.stream, (receive, send))
 
-    async def _images(self, request: ChatRequest, account: Account) -> list[bytes]:
-        """The encoded images of all turns, checked."""
+    async def _images(self, request: ChatRequest, account: Account) -> tuple[list[bytes], int]:
+        """The encoded images of all turns, checked, and how many pixels they have together."""
         urls = [url for turn in request.turns for url in turn.images]
         remote = any(url[:6].lower() == "https:" for url in urls)
         loop = asyncio.get_running_loop()
 
-        def load() -> list[bytes]:
+        def load() -> tuple[list[bytes], int]:
             images = [image_bytes(url, self._settings, self._fetch) for url in urls]
-            check_images(images, self._settings.limits.pixels, self._geometry)
-            return images
+            return images, check_images(images, self._settings.limits.pixels, self._geometry)
 
-        images = await loop.run_in_executor(self._fetchers if remote else self._parsers, load)
+        images, pixels = await loop.run_in_executor(self._fetchers if remote else self._parsers, load)
         account.add(sum(map(len, images)))
-        return images
+        return images, pixels
 
     async def _answer(self, job: Job, reply: Reply, stream: bool, ways: tuple[Receive, Send]) -> None:
         receive, send = ways

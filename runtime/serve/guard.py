@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -13,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vl2.runtime.serve.api_error import ApiError, internal_error
+from vl2.runtime.serve.api_error import ApiError, internal_error, shutting_down
 from vl2.runtime.serve.metrics import Metrics
 from vl2.runtime.serve.settings import ServeSettings
 
@@ -31,7 +32,12 @@ _LEFT = 499
 
 
 class Guard:
-    """Wraps the application. open_paths: what is shown without a token; routes: paths that metrics tell apart."""
+    """Wraps the application. open_paths: what is shown without a token; routes: paths that metrics tell apart.
+
+    closing: set at the end, when requests are cancelled that are not even read.
+    """
+
+    closing = False
 
     def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics, open_paths: frozenset[str],
                  routes: frozenset[str]):
@@ -56,6 +62,10 @@ class Guard:
         except HTTPException as error:
             message = f"{scope['method'][:20]} {scope['path'][:80]}: {error.detail}"
             await self._refuse(ApiError(error.status_code, message), scope, receive, seen)
+        except asyncio.CancelledError:
+            if not self.closing:
+                raise
+            await self._refuse(shutting_down(), scope, receive, seen)
         except Exception:
             await self._refuse(internal_error(seen.name), scope, receive, seen)
         finally:

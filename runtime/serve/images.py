@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from vl2.errors import VL2Error
-from vl2.image import ImageGeometry, load_image, pad_geometry
+from vl2.image import ImageGeometry, pad_geometry
 from vl2.runtime.serve.api_error import ApiError, refused
 
 # Pillow opens many more, some of them by starting other programs.
@@ -18,8 +18,11 @@ _ANIMATED = ("PNG", "WEBP", "GIF")
 _SCAN, _MOST_SCANS = b"\xff\xda", 100
 
 
-def check_images(encoded: Sequence[bytes], most_pixels: int, geometry: ImageGeometry) -> None:
-    """Raises ApiError 400 from the headers alone: formats, animations, too many pixels together, too thin."""
+def check_images(encoded: Sequence[bytes], most_pixels: int, geometry: ImageGeometry) -> int:
+    """The pixels of all together, from the headers alone.
+
+    Raises ApiError 400 for other formats, animations, too many pixels, and images that are too thin.
+    """
     pixels = 0
     for index, content in enumerate(encoded):
         width, height = _size(content, f"image {index + 1}")
@@ -32,16 +35,30 @@ def check_images(encoded: Sequence[bytes], most_pixels: int, geometry: ImageGeom
             pad_geometry((width, height), (geometry.tile_size, geometry.tile_size))
         except VL2Error as error:
             raise refused(error, "messages") from error
+    return pixels
+
+
+class Encoded(Sequence[Image.Image]):
+    """Images that `check_images` let through, each decoded anew when it is taken: who takes them holds the pixels."""
+
+    def __init__(self, encoded: Sequence[bytes]):
+        self._encoded = encoded
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return decode(self._encoded[index])
 
 
 def decode(content: bytes) -> Image.Image:
-    """RGB pixels of an image that `check_images` let through. Raises ApiError 400 for broken and deep ones."""
+    """An image with its pixels as they are stored. Raises ApiError 400 for broken ones."""
     try:
-        return load_image(Image.open(io.BytesIO(content), formats=FORMATS))
-    except VL2Error as error:
-        raise refused(error, "messages") from error
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image.load()
     except Exception as error:  # Pillow's readers raise nearly anything for hostile bytes
         raise _unreadable("an image", error) from error
+    return image
 
 
 def _size(content: bytes, name: str) -> tuple[int, int]:

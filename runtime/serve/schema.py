@@ -46,21 +46,23 @@ _IMAGE_URL = obj({
 _IMAGE_PART = obj({"type": {"const": "image_url"}, "image_url": _IMAGE_URL}, ("type", "image_url"))
 
 
-def _message(roles: list[str], content: Schema, **more: Schema) -> Schema:
-    return obj({"role": {"enum": roles}, "content": content, **more}, ("role", "content"))
+# What clients put into a message as null, such as the official one's `model_dump()`; it means nothing as long as it is.
+_UNSET = dict.fromkeys(("name", "refusal", "audio", "annotations", "tool_calls", "tool_call_id", "function_call"),
+                       _NULL)
+
+
+def _message(roles: list[str], content: Schema) -> Schema:
+    return obj({"role": {"enum": roles}, "content": content, **_UNSET}, ("role", "content"))
 
 
 def _parts(*kinds: Schema) -> Schema:
     return {"type": "array", "minItems": 1, "items": {"anyOf": list(kinds)}}
 
 
-# What a client sends back of an earlier answer, with the keys that mean nothing as long as they are null.
-_ASSISTANT = _message(["assistant"], {"anyOf": [_TEXT, _parts(_TEXT_PART)]}, refusal=_NULL, audio=_NULL,
-                      tool_calls=_NULL, function_call=_NULL)
 MESSAGES = {
     "system": _message(["system", "developer"], {"anyOf": [_TEXT, _parts(_TEXT_PART)]}),
     "user": _message(["user"], {"anyOf": [_TEXT, _parts(_TEXT_PART, _IMAGE_PART)]}),
-    "assistant": _ASSISTANT,
+    "assistant": _message(["assistant"], {"anyOf": [_TEXT, _parts(_TEXT_PART)]}),
 }
 
 _FORMATS = {
@@ -68,7 +70,7 @@ _FORMATS = {
     "json_object": obj({"type": {"const": "json_object"}}, ("type",)),
     "json_schema": obj({
         "type": {"const": "json_schema"},
-        "json_schema": obj({"name": _TEXT, "description": _TEXT, "schema": {"type": "object"},
+        "json_schema": obj({"name": _TEXT, "description": _or_null(_TEXT), "schema": {"type": "object"},
                             "strict": {"type": ["boolean", "null"]}}, ("schema",)),
     }, ("type", "json_schema")),
 }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import ipaddress
 import logging
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -17,9 +19,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from vl2.errors import VL2Error
 from vl2.runtime import Model
 from vl2.runtime.serve.app import Service
-from vl2.runtime.serve.settings import ServeSettings
+from vl2.runtime.serve.settings import Limits, ServeSettings
 
 GRACE_SECONDS = 10
+# What of it is left for sending what an answer ends with that outlasts the grace.
+_FAREWELL_SECONDS = 1
 _BACKLOG = 128
 # A connection on which no request comes is closed after them.
 _SILENT_SECONDS = 15
@@ -64,9 +68,10 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service, settings: ServeSettings, ready: Callable[[], None]):
         super().__init__(uvicorn.Config(
-            service.app, http=_Protocol, ws="none", lifespan="off", log_config=None, access_log=False,
-            server_header=False, limit_concurrency=settings.limits.connections, timeout_keep_alive=_SILENT_SECONDS,
-            h11_max_incomplete_event_size=_HEADER_BYTES, timeout_graceful_shutdown=GRACE_SECONDS))
+            service.app, http=functools.partial(_Protocol, settings.limits), ws="none", lifespan="off", log_config=None,
+            access_log=False, server_header=False, limit_concurrency=settings.limits.connections,
+            timeout_keep_alive=_SILENT_SECONDS, h11_max_incomplete_event_size=_HEADER_BYTES,
+            timeout_graceful_shutdown=GRACE_SECONDS))
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         self._service, self._ready = service, ready
 
@@ -76,18 +81,39 @@ class Server(uvicorn.Server):
             self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._service.worker.close_queue()
-        await super().shutdown(sockets)
+        worker = self._service.worker
+        worker.close_queue()
+        self._service.app.closing = True
+        # uvicorn itself would cancel the answers, which the client sees as an error inside the server.
+        ending = asyncio.get_running_loop().call_later(max(0, GRACE_SECONDS - _FAREWELL_SECONDS), worker.end_all)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
 
 
 class _Protocol(H11Protocol):
-    """Closes connections that send no whole request head in time; uvicorn itself waits for it without end."""
+    """Closes connections that send no whole request head in time or do not read; uvicorn itself waits without end."""
 
-    _silence: asyncio.TimerHandle | None = None
+    def __init__(self, limits: Limits, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        self._limits = limits
+        self._silence: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        # Any byte that is not taken counts as writing that pauses, also the last ones of an answer.
+        transport.set_write_buffer_limits(high=0)
         self._watch()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_reading(self.loop.time() + self._limits.request_seconds)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stall.cancel()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -95,7 +121,25 @@ class _Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._silence.cancel()
+        for timer in filter(None, (self._silence, self._stall)):
+            timer.cancel()
+
+    def _expect_reading(self, end: float) -> None:
+        """Ends the connection where less has been taken than one byte in `stall_seconds`, or not all by `end`.
+
+        `close` would wait for the client to read.
+        """
+        seconds = min(self._limits.stall_seconds, end - self.loop.time())
+        self._stall = self.loop.call_later(seconds, self._end_if_stalled, self._unsent(), end)
+
+    def _end_if_stalled(self, unsent: int, end: float) -> None:
+        if self._unsent() >= unsent or self.loop.time() >= end:
+            self.transport.abort()
+        else:
+            self._expect_reading(end)
+
+    def _unsent(self) -> int:
+        return self.transport.get_write_buffer_size()
 
     def _watch(self) -> None:
         if self._silence is not None:

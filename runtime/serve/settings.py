@@ -12,10 +12,11 @@ from vl2.errors import VL2Error
 class Limits:
     """Bounds of one request and of all together.
 
-    body_bytes: of one request and of one fetched or read image. pending_bytes: bodies of all requests that are read,
-    wait or run. pixels: of all images of one request. new_tokens: the most that `max_tokens` may be. queued: requests
-    that wait; queued_per_client: of one client. request_seconds: of the body, and from there to the last token.
-    stall_seconds: a client that neither sends nor reads is given up after them. connections: open at once.
+    body_bytes: of one request and of one fetched or read image. pending_bytes: bodies and images of all requests that
+    are read, wait or run; `room_for_requests` is what holds. pixels: of all images of one request. new_tokens: the most
+    that `max_tokens` may be. queued: requests that wait; queued_per_client: of one client. request_seconds: of the
+    body, and from there to the last token. stall_seconds: a client that neither sends nor reads is given up after them.
+    connections: open at once.
     """
 
     body_bytes: int = 20_000_000
@@ -28,6 +29,11 @@ class Limits:
     request_seconds: float = 600.0
     stall_seconds: float = 30.0
     connections: int = 128
+
+    @property
+    def room_for_requests(self) -> int:
+        """pending_bytes, or what one largest request takes with its images, which is less than twice its body."""
+        return max(self.pending_bytes, 2 * self.body_bytes)
 
     def __post_init__(self):
         for name, value in vars(self).items():

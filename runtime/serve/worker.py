@@ -14,10 +14,10 @@ from vl2.errors import VL2Error
 from vl2.prompt import Message
 from vl2.runtime import Answer, AnswerStream, GenerationOptions, Model
 from vl2.runtime.engine import Step, run_steps
-from vl2.runtime.serve.api_error import ApiError, internal_error, refused
+from vl2.runtime.serve.api_error import ApiError, internal_error, refused, shutting_down
 from vl2.runtime.serve.channel import Channel
 from vl2.runtime.serve.fair_queue import FairQueue, QueueClosed, QueueFull
-from vl2.runtime.serve.images import decode
+from vl2.runtime.serve.images import Encoded
 from vl2.runtime.serve.metrics import Metrics
 from vl2.runtime.serve.request import Turn
 from vl2.runtime.serve.settings import Limits
@@ -25,6 +25,8 @@ from vl2.runtime.serve.settings import Limits
 Outcome = Answer | ApiError
 # Least and most that a refused client is told to wait.
 _RETRY_SECONDS = (1, 60)
+# Pillow holds four of a pixel: as it is stored, and once more as RGB.
+_PIXEL_BYTES = 8
 
 
 class _Ended(Exception):
@@ -33,7 +35,7 @@ class _Ended(Exception):
 
 @dataclass(eq=False)
 class Job:
-    """One request on its way. name: in log and answers. images: encoded, in the order of the turns."""
+    """One request on its way. name: in log and answers. images: encoded, in the order of the turns; pixels: of all."""
 
     name: str
     client: str
@@ -41,6 +43,7 @@ class Job:
     images: Sequence[bytes]
     options: GenerationOptions
     channel: Channel[Outcome]
+    pixels: int = 0
     arrived: float = field(default_factory=time.monotonic)
     ended: ApiError | None = None
     stream: AnswerStream | None = None
@@ -68,9 +71,8 @@ class _Running:
 class Worker:
     """Runs jobs in a thread of its own, up to `batch` of them at once: a decode step takes all of them one token on.
 
-    A job's images are decoded beside, its prompt is computed between the steps of those that run; both get half of the
-    time each. batch: at most what
-    the model takes, of which each answer is the one that it would be alone.
+    A job is prepared beside (images, constraint), its prompt is computed between the steps of those that run; both get
+    half of the time each. batch: at most what the model takes, of which each answer is the one that it would be alone.
     """
 
     def __init__(self, model: Model, limits: Limits, metrics: Metrics, batch: int = 1):
@@ -78,10 +80,10 @@ class Worker:
         self._batch = min(batch, model.largest_batch)
         self._queue: FairQueue[Job] = FairQueue(limits.queued, limits.queued_per_client)
         self._thread = threading.Thread(target=self._run, name="vl2-model", daemon=True)
-        self._decoder = ThreadPoolExecutor(1, "vl2-decode")
+        self._preparer = ThreadPoolExecutor(1, "vl2-prepare")
         self._running: list[_Running] = []
         self._beginning: Job | None = None
-        self._held: _Running | None = None  # for which there was no memory beside the others
+        self._held: Job | None = None  # for which there was no memory beside the others
         self._usual_seconds = 5.0
         metrics.watch_queue(self.waiting, self.running)
 
@@ -102,7 +104,7 @@ class Worker:
         try:
             self._queue.put(job.client, job)
         except QueueClosed as error:
-            raise _shutting_down() from error
+            raise shutting_down() from error
         except QueueFull as error:
             least, most = _RETRY_SECONDS
             seconds = round(min(most, max(least, self._usual_seconds * (1 + self.waiting() / self._batch))))
@@ -115,68 +117,88 @@ class Worker:
 
     def close_queue(self) -> None:
         """Takes no more jobs and ends those that wait; the running ones go on."""
-        held = self._held
-        for job in [*self._queue.close(), *([] if held is None else [held.job])]:
-            job.end(_shutting_down())
+        for job in [*self._queue.close(), *filter(None, [self._held])]:
+            job.end(shutting_down())
+
+    def end_all(self) -> None:
+        """Takes no more jobs and ends all that wait or run, from any thread."""
+        self.close_queue()
+        # In the order in which a job moves on, so that none slips through.
+        for job in [*filter(None, [self._beginning]), *(run.job for run in list(self._running))]:
+            job.end(shutting_down())
 
     def stop(self, seconds: float) -> None:
         """Ends all jobs and waits so long for the thread."""
-        self.close_queue()
-        for job in [*(run.job for run in self._running), *filter(None, [self._beginning])]:
-            job.end(_shutting_down())
+        self.end_all()
         if self._thread.is_alive():
             self._thread.join(seconds)
-        self._decoder.shutdown(wait=False)
+        self._preparer.shutdown(wait=False)
 
     def _run(self) -> None:
         while self._take_job() or self._running:
             self._step()
 
     def _take_job(self) -> bool:
-        """Begins the next job where one may run beside the others; waits where none runs. False: none was there."""
-        if self._held is None:
-            job = self._queue.take(wait=not self._running) if len(self._running) < self._batch else None
-            if job is None:
-                return False
-            self._beginning = job
-            self._held = self._opened(job)
-        held = self._held
-        if held is not None and (not self._running or held.job.ended is not None or self._has_room(held)):
-            self._beginning, self._held = held.job, None
-            held.stream.pause_with(_Turns(self._others_step).give)
-            self._advance(held)
-            if held.step is not None:
-                self._running.append(held)
+        """Takes the next job as far as there is memory beside the others; waits where none runs. False: none was there.
+        """
+        if self._held is None and len(self._running) < self._batch:
+            self._held = self._queue.take(wait=not self._running)
+        job = self._held
+        if job is None:
+            return False
+        try:
+            if job.stream is None and self._fits(job):
+                self._open(job)
+            if job.stream is not None and self._fits(job):
+                self._begin(job)
+        except Exception as error:
+            self._held = None
+            job.channel.finish(_why(job, error))
         self._beginning = None
         return True
 
-    def _opened(self, job: Job) -> _Running | None:
-        """A job with the stream of its answer, of which nothing is computed yet; None where it has ended already."""
-        try:
-            if job.ended is not None:
-                raise _Ended
-            try:
-                job.stream = self._model.complete(self._decoded(job), job.options)
-            except VL2Error as error:
-                raise refused(error, "messages") from error
-            if job.ended is not None:
-                raise _Ended
-            return _Running(job, job.stream)
-        except Exception as error:
-            job.channel.finish(_why(job, error))
-            return None
+    def _fits(self, job: Job) -> bool:
+        """Whether a job may run beside the others, or go on to its end; before it is opened, whether its images may be
+        decoded."""
+        if not self._running or job.ended is not None:
+            return True
+        streams = [run.stream for run in self._running]
+        if job.stream is None:
+            return self._model.has_room(streams, job.pixels * _PIXEL_BYTES)
+        return self._model.has_room([*streams, job.stream])
 
-    def _decoded(self, job: Job) -> list[Message]:
-        """The job's messages; while another thread decodes their images, those that run go on."""
-        if not self._running or not job.images:
-            return _messages(job)
-        messages = self._decoder.submit(_messages, job)
-        while not messages.done() and self._others_step():
+    def _open(self, job: Job) -> None:
+        """Gives a job the stream of its answer, of which nothing is computed yet."""
+        self._beginning, self._held = job, None
+        if job.ended is None:
+            job.stream = self._prepared(job)
+        if job.ended is not None:
+            raise _Ended
+        self._held = job
+
+    def _prepared(self, job: Job) -> AnswerStream:
+        """The job's stream; while another thread decodes its images and reads its constraint, those that run go on."""
+        if not self._running:
+            return self._prepare(job)
+        stream = self._preparer.submit(self._prepare, job)
+        while not stream.done() and self._others_step():
             pass
-        return messages.result()
+        return stream.result()
 
-    def _has_room(self, held: _Running) -> bool:
-        return self._model.has_room([run.stream for run in (*self._running, held)])
+    def _prepare(self, job: Job) -> AnswerStream:
+        try:
+            return self._model.complete(_messages(job), job.options)
+        except VL2Error as error:
+            raise refused(error, "messages") from error
+
+    def _begin(self, job: Job) -> None:
+        """Computes a job's prompt, with steps of the others in between."""
+        self._beginning, self._held = job, None
+        run = _Running(job, job.stream)
+        run.stream.pause_with(_Turns(self._others_step).give)
+        self._advance(run)
+        if run.step is not None:
+            self._running.append(run)
 
     def _others_step(self) -> bool:
         """A step of the jobs that run, if any do."""
@@ -258,11 +280,11 @@ def _why(job: Job, error: Exception) -> Outcome:
     return internal_error(job.name)
 
 
-def _shutting_down() -> ApiError:
-    return ApiError(503, "the server is shutting down")
-
-
 def _messages(job: Job) -> list[Message]:
     """Decoded here, not on arrival: what waits in the queue takes its encoded size only."""
-    encoded = iter(job.images)
-    return [Message(turn.role, turn.content, tuple(decode(next(encoded)) for _ in turn.images)) for turn in job.turns]
+    encoded, messages = list(job.images), []
+    for turn in job.turns:
+        count = len(turn.images)
+        messages.append(Message(turn.role, turn.content, Encoded(encoded[:count])))
+        encoded = encoded[count:]
+    return messages

@@ -81,3 +81,36 @@ def test_chat_takes_the_same_options(bundle: Path, image: Path, tmp_path: Path) 
     given = [bundle, "--device", "cpu", "--image", image, "--regex", "[a-z]{4}", "--cache", tmp_path / "c"]
     done = CliRunner().invoke(cli, ["chat", *map(str, given)], input="What?\nAnd?\n")
     assert [len(line) for line in done.stdout.split()] == [4, 4] and any((tmp_path / "c" / "images").iterdir())
+
+
+def test_logprobs_without_json_would_be_seen_by_nobody(bundle: Path) -> None:
+    refused = vl2_run(bundle, "--top-logprobs", 2)
+    assert refused.exit_code == 2 and "--top-logprobs needs --json" in refused.stderr
+
+
+def chat_about(bundle: Path, said: bytes) -> Result:
+    """A conversation in words of four letters."""
+    return CliRunner().invoke(cli, ["chat", str(bundle), "--device", "cpu", "--regex", "[a-z]{4}"], input=said)
+
+
+def test_a_chat_goes_on_after_a_quote_that_is_not_closed(bundle: Path) -> None:
+    done = chat_about(bundle, b"/image /tmp/Bob's.png\nStill there?\n")
+    assert done.exit_code == 0 and "No closing quotation" in done.stderr and len(done.stdout.split()) == 1
+
+
+def test_a_chat_goes_on_after_a_byte_that_is_no_text(bundle: Path) -> None:
+    done = chat_about(bundle, b"caf\xe9?\nStill there?\n")
+    assert done.exit_code == 0 and "0xe9" in done.stderr and len(done.stdout.split()) == 1
+
+
+def test_a_broken_image_goes_with_its_question(bundle: Path, image: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    done = chat_about(bundle, f"/image {image} {broken}\nWhat?\nStill there?\n".encode())
+    assert done.exit_code == 0 and done.stderr.count("error:") == 1 and len(done.stdout.split()) == 1
+    assert f"dropped with the question: {image}, {broken}" in done.stderr
+
+
+def test_a_name_that_no_system_takes_is_no_file(bundle: Path) -> None:
+    done = chat_about(bundle, b"/image " + b"x" * 5000 + b"\nStill there?\n")
+    assert done.exit_code == 0 and "there is no file" in done.stderr and len(done.stdout.split()) == 1

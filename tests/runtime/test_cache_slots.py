@@ -150,8 +150,18 @@ def test_room_counts_what_running_answers_will_take_and_what_idle_ones_would_giv
     for bytes_free, room in ((free, True), (free - 1, False)):
         monkeypatch.setattr("vl2.memory.available_bytes", lambda bytes_free=bytes_free: bytes_free)
         assert model.has_room([first, second]) is room
+        assert model.has_room([first, second], 100) is False
+    monkeypatch.setattr("vl2.memory.available_bytes", lambda: free + 100)
+    assert model.has_room([first, second], 100) and not model.has_room([first, second], 101)
     first.read()
     assert model.has_room([second])
+
+
+def test_asking_for_room_takes_no_row(shared_bundle: Path, monkeypatch) -> None:
+    model = slots_model_of(shared_bundle)
+    stream = model.complete(ASKED[0], SHORT)
+    monkeypatch.setattr(CacheSlots, "take", lambda _: 1 / 0)
+    assert model.has_room([stream])
 
 
 def test_both_forms_of_decoders_that_write_their_caches_are_known(shared_bundle: Path) -> None:

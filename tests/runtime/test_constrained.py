@@ -130,6 +130,43 @@ def test_without_a_constraint_the_answer_is_what_it_was(model: Model) -> None:
     assert same.token_ids == free.token_ids or "\ufffd" in free.text or "<" in free.text
 
 
+@pytest.mark.parametrize("schema", [
+    {"type": "integer", "multipleOf": 999_983}, {"type": "object", "properties": {"a": {"multipleOf": 20_001}}},
+    {"type": "array", "items": [{"multipleOf": 9_973}, {"multipleOf": 9_967}, {"multipleOf": 9_949}]},
+    {"allOf": [{"type": "integer", "multipleOf": 997}, {"multipleOf": 101}]}, {"multipleOf": 10 ** 400},
+    {"type": "number", "multipleOf": 1e300}, {"properties": {"const": {"multipleOf": 999_983}}},
+    {"$defs": {"a": {"multipleOf": 199.83}}, "anyOf": [{"multipleOf": 101}]},
+])
+def test_multiples_of_which_there_are_too_many_remainders_are_refused(model, schema: dict) -> None:
+    """999,983 would take 13 s and 480 MB of native code that nothing can stop."""
+    with pytest.raises(VL2Error, match="multipleOf .* more than 20,000") as error:
+        ask(model, Constraint("json_schema", json.dumps(schema)))
+    assert error.value.hint
+
+
+@pytest.mark.parametrize("schema", [
+    {"type": "integer", "multipleOf": 9973}, {"type": "number", "multipleOf": 0.0001}, {"type": "number"},
+    {"type": "object", "properties": {f"p{index}": {"type": "integer", "multipleOf": 9973} for index in range(9)}},
+    {"type": "object", "properties": {"multipleOf": {"const": 999_983}}},
+    {"allOf": [{"type": "number", "multipleOf": 0.01}, {"multipleOf": 25}]},
+    {"type": "integer", "multipleOf": True},
+])
+def test_other_multiples_are_followed_or_refused_by_their_reader(model: Model, schema: dict) -> None:
+    try:
+        ask(model, Constraint("json_schema", json.dumps(schema)), max_new_tokens=3)
+    except VL2Error as error:
+        assert "remainders" not in error.message
+
+
+def test_what_cannot_be_followed_is_told_on_one_line_without_the_readers_own_state(model: Model) -> None:
+    for kind, text in (("json_schema", '{"$ref": "#"}'), ("regex", "a(\n" * 900)):
+        with pytest.raises(VL2Error) as error:
+            ask(model, Constraint(kind, text))
+        assert "\n" not in error.value.message and "state>" not in error.value.message
+        assert "^" not in error.value.message and len(error.value.message) < 400
+    assert error.value.message.endswith("unclosed group")
+
+
 @pytest.mark.parametrize("kind, text, message", [
     ("regex", "a(", "regex of the constraint cannot be used: .*unclosed group"),
     ("regex", "(?=a)b", "look-around"),

@@ -100,6 +100,23 @@ def test_odd_boxes_are_drawn_without_complaint(box: Box) -> None:
     assert drawn.size == (64, 48) and drawn.getbbox() is not None
 
 
+def test_a_box_far_outside_is_drawn_at_once_and_looks_as_one_just_outside() -> None:
+    """One of 999,999,999 took minutes: Pillow goes over each pixel of the outline."""
+    image, far = Image.new("RGB", (64, 48)), 999_999_999
+    for corners in ((0, 0, far, far), (-far, 300, 500, far), (far, far, far, far), (-far, -far, far, far)):
+        near = tuple(min(max(corner, -900), 1900) for corner in corners)
+        drawn, expected = (draw(image, [Box("", *edges)]) for edges in (corners, near))
+        assert drawn.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("corners, told", [([0, 0, 999, 999], False), ([0, 0, 1000, 5], True), ([-1, 0, 5, 5], True),
+                                           ([0, 0, 999.5, 5], True), ([0, 0, 999_999_999, 5], True)])
+def test_a_box_outside_of_the_scale_is_kept_and_told(corners: list, told: bool) -> None:
+    found = parse(f"<|ref|>a<|/ref|><|det|>[{corners}]<|/det|>")
+    assert found.boxes == (Box("a", *corners),)
+    assert found.problems == ((f"boxes of 'a': {corners} leaves 0…999",) if told else ())
+
+
 def test_a_box_becomes_json_with_its_pixels() -> None:
     assert Box("a", 0, 0, 999, 500).to_dict((100, 100)) == {"label": "a", "box": [0, 0, 999, 500],
                                                             "pixels": [0, 0, 100, 50]}

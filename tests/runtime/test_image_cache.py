@@ -1,5 +1,7 @@
 """A second question about an image does not run the vision graph, counted in runs of the backend."""
 
+import hashlib
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +10,14 @@ import pytest
 from PIL import Image
 
 from tests.runtime.small_bundle import NumpyBackend, numpy_model_of
-from vl2.runtime import BundleOptions, GenerationOptions, Model, open_bundle
+from vl2 import prompt
+from vl2.prompt import Message
+from vl2.runtime import BundleOptions, GenerationOptions, Model, open_bundle, prompt_embeds
 from vl2.runtime.embeddings import Embeddings
 from vl2.runtime.engine import Engine
 from vl2.runtime.image_cache import ImageCache
 from vl2.runtime.image_store import ImageStore
+from vl2.runtime.prompt_embeds import ImageSpan
 
 NOISE = [Image.effect_noise(size, 90) for size in ((60, 40), (33, 70), (20, 20))]
 SHORT = GenerationOptions(max_new_tokens=6, ignore_eos=True)
@@ -50,6 +55,38 @@ def test_the_same_image_twice_in_a_question_is_encoded_once(shared_bundle: Path)
     model = numpy_model_of(shared_bundle)
     assert model.ask("Compare them.", [NOISE[0], NOISE[0].copy()], SHORT).image_cache_hits == 1
     assert vision_runs(model) == 1
+
+
+def test_pixels_are_let_go_once_the_images_are_encoded(shared_bundle: Path, monkeypatch) -> None:
+    """One image of 50 million pixels is 200 MB, for an answer of minutes."""
+    made, load = [], prompt.load_image
+    monkeypatch.setattr(prompt, "load_image", lambda source: made.append(weakref.ref(found := load(source))) or found)
+    stream = numpy_model_of(shared_bundle).complete([Message("user", "<image>\n<image>\nWhat?", NOISE[:2])], SHORT)
+    assert len(made) == 2 and all(image() is not None for image in made)
+    next(stream)
+    assert [image() for image in made] == [None, None]
+    answer = stream.read()
+    assert answer.image_size == NOISE[1].size and len(answer.token_ids) == 6
+
+
+def test_an_image_is_hashed_in_strips_as_a_whole(shared_bundle: Path, monkeypatch) -> None:
+    image, crop = NOISE[1].convert("RGB"), np.array([1, 2])
+    whole = ImageSpan(image, crop, 0, 9).digest
+    facts = np.array([*image.size, 1, 2], np.int64).tobytes()
+    assert whole == hashlib.sha256(facts + image.tobytes()).digest()
+    for pixels in (1, 33, 100, 33 * 70, 10 ** 6):
+        monkeypatch.setattr(prompt_embeds, "_STRIP_PIXELS", pixels)
+        assert ImageSpan(image, crop, 0, 9).digest == whole
+
+
+def test_others_have_a_turn_before_each_image_is_cut(shared_bundle: Path, monkeypatch) -> None:
+    happened, cut = [], prompt_embeds.image_tiles
+    monkeypatch.setattr(prompt_embeds, "image_tiles", lambda *given: happened.append("cut") or cut(*given))
+    stream = numpy_model_of(shared_bundle).complete([Message("user", "<image>\n<image>\nWhat?", NOISE[:2])], SHORT)
+    stream.pause_with(lambda: happened.append("turn"))
+    next(stream)
+    starts = [place for place, name in enumerate(happened) if name == "cut"]
+    assert len(starts) == 2 and all(place and happened[place - 1] == "turn" for place in starts)
 
 
 def test_other_pixels_or_another_cut_are_other_images(shared_bundle: Path) -> None:

@@ -23,6 +23,12 @@ def test_zero_temperature_takes_the_largest() -> None:
     assert draws(GenerationOptions(), np.array([0, 3, 1], np.float32), 3).tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("temperature", [1e-38, 1e-45, 1e-46, 5e-324])
+def test_a_temperature_that_float32_does_not_hold_is_greedy(temperature: float) -> None:
+    logits = np.array([0, 3, -2e38, 1], np.float32)
+    assert draws(GenerationOptions(temperature=temperature, seed=1), logits, 3).tolist() == [1, 1, 1]
+
+
 def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
     logits = np.random.default_rng(0).normal(size=500).astype(np.float32)
     first, again, other = (draws(GenerationOptions(temperature=1.0, seed=seed), logits, 50) for seed in (3, 3, 4))

@@ -38,6 +38,8 @@ def command(bundle: Path, prompt: str, images: tuple[Path, ...], draw: Path | No
     """Answer one question about images from BUNDLE."""
     if draw is not None and not images:
         raise click.UsageError("--draw needs an --image to draw on.")
+    if choices["top_logprobs"] is not None and not as_json:
+        raise click.UsageError("--top-logprobs needs --json, which shows them.")
     options = to_generation_options(choices)
     model = open_as_asked(bundle, choices)
     answer = answer_streamed(model, prompt, images, options, echo=not as_json)

@@ -14,8 +14,9 @@ import pytest
 from tests.runtime.serve.conftest import CHAT, PATIENCE, GatedSlots, InMemory, data_url, png, question, user
 from tests.runtime.small_bundle import SlotsBackend, numpy_model_of, slots_model_of
 from vl2.errors import VL2Error
-from vl2.runtime import AnswerStream
-from vl2.runtime.serve import worker
+from vl2.runtime import AnswerStream, generate
+from vl2.runtime.constrained import Matcher
+from vl2.runtime.serve import images
 
 BODIES = [
     question("What is shown?", data_url(png()), max_tokens=20),
@@ -136,17 +137,73 @@ def test_images_are_decoded_while_the_others_go_on(served, shared_bundle: Path, 
     model, backend = gated_slots(shared_bundle)
     client = served(model=model, batch=2)
     alone = choice(client.ask(BODIES[0]))
-    decode, at_decoding = worker.decode, []
+    decode, at_decoding = images.decode, []
 
     def slow(content: bytes):
         at_decoding.append(len(backend.batches))
         wait_until(lambda: len(backend.batches) >= at_decoding[0] + 5)
         return decode(content)
 
-    monkeypatch.setattr(worker, "decode", slow)
+    monkeypatch.setattr(images, "decode", slow)
     first, second = beside_the_first(client, backend, BODIES[0])
     assert choice(second.result()) == alone and at_decoding
     choice(first.result())
+
+
+def test_a_constraint_is_read_while_the_others_go_on(served, shared_bundle: Path, monkeypatch) -> None:
+    model, backend = gated_slots(shared_bundle)
+    client = served(model=model, batch=2)
+    alone = choice(client.ask(BODIES[3]))
+    at_reading = []
+
+    def slow(*given):
+        at_reading.append(len(backend.batches))
+        wait_until(lambda: len(backend.batches) >= at_reading[0] + 5)
+        return Matcher(*given)
+
+    monkeypatch.setattr(generate, "Matcher", slow)
+    first, second = beside_the_first(client, backend, BODIES[3])
+    assert choice(second.result()) == alone and at_reading
+    choice(first.result())
+
+
+def test_images_are_decoded_once_there_is_memory_for_their_pixels(served, shared_bundle: Path, monkeypatch) -> None:
+    model, backend = gated_slots(shared_bundle)
+    client = served(model=model, batch=2)
+    asked, decoded, decode = [], [], images.decode
+
+    def has_room(streams: list[AnswerStream], more_bytes: int = 0) -> bool:
+        asked.append((len(streams), more_bytes))
+        return not more_bytes
+
+    def seen(content: bytes):
+        decoded.append(client.service.worker.running())
+        return decode(content)
+
+    monkeypatch.setattr(model, "has_room", has_room)
+    monkeypatch.setattr(images, "decode", seen)
+    first, second = beside_the_first(client, backend, BODIES[0])
+    assert choice(first.result()) and choice(second.result())
+    # 8 bytes a pixel of the 40x30 image, beside one answer; decoded when nothing else ran any more.
+    assert set(asked) == {(1, 9600)} and decoded == [1]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_room_that_cannot_be_told_ends_the_job_that_asked_only(served, shared_bundle: Path, monkeypatch, stage) -> None:
+    model, backend = gated_slots(shared_bundle)
+    client = served(model=model, batch=2)
+    alone, asked = choice(client.ask(question("Why?", max_tokens=300))), []
+
+    def has_room(streams: list[AnswerStream], more_bytes: int = 0) -> bool:
+        asked.append(len(streams))
+        if len(asked) == stage:
+            raise VL2Error("the system gives no address space")
+        return True
+
+    monkeypatch.setattr(model, "has_room", has_room)
+    first, second = beside_the_first(client, backend, question("What?"))
+    assert second.result().status_code == 500 and choice(first.result()) == alone
+    assert choice(client.ask(question("Why?", max_tokens=300))) == alone
 
 
 def test_a_broken_image_ends_its_own_job_only(served, shared_bundle: Path) -> None:
@@ -198,7 +255,7 @@ def test_a_job_waits_until_there_is_memory_beside_the_others(served, shared_bund
     model, backend = gated_slots(shared_bundle)
     asked: list[int] = []
 
-    def has_room(streams: list[AnswerStream]) -> bool:
+    def has_room(streams: list[AnswerStream], more_bytes: int = 0) -> bool:
         asked.append(len(streams))
         return False
 
@@ -206,7 +263,7 @@ def test_a_job_waits_until_there_is_memory_beside_the_others(served, shared_bund
     client = served(model=model, batch=4)
     asking = [Asking(client, question("Why?", max_tokens=30)) for _ in range(3)]
     assert len({choice(each.result())["message"]["content"] for each in asking}) == 1
-    assert set(asked) <= {2} and max(backend.batches) == 1
+    assert set(asked) <= {1} and max(backend.batches) == 1
 
 
 def test_a_prompt_that_cannot_be_answered_disturbs_no_other(served, shared_bundle: Path) -> None:
@@ -234,6 +291,17 @@ def test_the_end_of_the_server_ends_all_that_run_and_wait(served, shared_bundle:
     assert [each.result().status_code for each in asking] == [503] * 4
     stopping.join(PATIENCE)
     assert not model._contexts._busy and not client.service.worker._thread.is_alive()
+
+
+def test_ending_all_answers_those_that_run_before_their_thread_comes_to_it(served, shared_bundle: Path) -> None:
+    model, backend = gated_slots(shared_bundle)
+    client = served(model=model, batch=2)
+    backend.shut_after = 3
+    running = Asking(client, question("Why?", max_tokens=200))
+    assert backend.reached.wait(PATIENCE)
+    client.service.worker.end_all()
+    assert running.result().status_code == 503 and "shutting down" in running.result().text
+    backend.gate.set()
 
 
 def test_settings_refuse_a_batch_of_nobody() -> None:

@@ -17,6 +17,7 @@ from tests.runtime.small_bundle import numpy_model_of
 from vl2.runtime import GenerationOptions
 from vl2.runtime.answer import Answer
 from vl2.runtime.grounding import Box
+from vl2.runtime.serve import body as reading
 from vl2.runtime.serve.reply import DONE, Reply
 from vl2.runtime.serve.schema import CHUNK, COMPLETION, ERROR
 
@@ -119,12 +120,20 @@ def test_a_body_past_the_limit_is_refused_announced_or_not(served) -> None:
     assert client.ask(question("x")).status_code == 200
 
 
-def test_all_bodies_together_have_a_bound_that_is_given_back(served) -> None:
-    client = served(limits={"pending_bytes": 1_000})
+def test_all_bodies_together_have_a_bound_that_is_given_back(served, monkeypatch) -> None:
+    client = served(limits={"pending_bytes": 1_000, "body_bytes": 500}, fetch=lambda url: png(compress_level=0),
+                    image_hosts=frozenset({"example.org"}))
+    monkeypatch.setattr(reading, "FREE_BYTES", 0)
+    with client.service.app._app.routes[0].endpoint._pending.account("another") as another:
+        another.add(900)
+        for _ in range(3):
+            done = client.ask(question("x" * 200))
+            assert done.status_code == 429 and done.headers["retry-after"] == "5"
     for _ in range(3):
-        done = client.ask(question("x" * 1_100))
-        assert done.status_code == 429 and done.headers["retry-after"] == "5"
-        assert client.ask(question("x" * 500)).status_code == 200
+        assert client.ask(question("x" * 200)).status_code == 200
+        # An image of 3,800 bytes, for which there will never be room.
+        done = client.ask(question("What?", "https://example.org/a.png"))
+        assert done.status_code == 413 and "with its images" in done.json()["error"]["message"]
 
 
 def test_a_body_that_does_not_come_is_given_up(served) -> None:
@@ -310,6 +319,7 @@ def test_constraints_hold_and_bad_ones_are_the_clients_error(served) -> None:
     for fields in refused:
         done = client.ask(question(**fields))
         assert done.status_code == 400 and "constraint" in done.json()["error"]["message"], done.text
+        assert "\n" not in done.json()["error"]["message"] and "state>" not in done.text
     text = client.ask(question(response_format=form, max_tokens=60)).json()["choices"][0]["message"]["content"]
     assert text.startswith('{"a": ')
 

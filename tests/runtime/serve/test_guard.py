@@ -95,6 +95,13 @@ def test_a_defect_outside_of_the_model_is_answered_the_same_way(served, monkeypa
     assert done.status_code == 500 and done.json()["error"]["code"] == done.headers["x-request-id"]
 
 
+def test_a_name_with_a_slash_is_found(served) -> None:
+    client = served(name="deepseek/vl2")
+    for path in ("/v1/models/deepseek/vl2", "/v1/models/deepseek%2Fvl2"):
+        assert client.request("GET", path).json()["id"] == "deepseek/vl2"
+    assert client.request("GET", "/v1/models/vl2").json()["error"]["code"] == "model_not_found"
+
+
 def test_requests_are_counted_by_path_and_status(served) -> None:
     client = served()
     client.ask(question())

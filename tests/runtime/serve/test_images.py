@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import weakref
 import zlib
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from tests.runtime.serve.conftest import data_url, png, question
 from vl2.runtime.serve.api_error import ApiError
 from vl2.runtime.serve.image_bytes import image_bytes
+from vl2.runtime.serve.images import Encoded
 from vl2.runtime.serve.settings import ServeSettings
 
 
@@ -79,6 +81,15 @@ def test_hostile_images_get_a_clear_refusal(served, name: str) -> None:
     error = done.json()["error"]
     assert error["param"] == "messages"
     assert any(part in error["message"] for part in reason.split("|")), error
+
+
+def test_an_image_is_decoded_when_it_is_taken_and_held_by_nobody_else() -> None:
+    encoded = Encoded([png((30, 20)), saved(RED.convert("L"), "PNG")])
+    assert len(encoded) == 2 and [image.mode for image in encoded] == ["RGB", "L"]
+    taken = weakref.ref(encoded[0])
+    assert taken() is None
+    with pytest.raises(ApiError, match="cannot be read"):
+        Encoded([png((200, 200))[:-60]])[0]
 
 
 def test_the_pixels_of_all_images_count_together(served) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from starlette.responses import Response
+from starlette.routing import Route
 
 from tests.runtime.serve.conftest import (
     CHAT,
@@ -31,7 +33,7 @@ from tests.runtime.serve.conftest import (
 from tests.runtime.serve.test_completions import wait_until
 from tests.runtime.small_bundle import numpy_model_of
 from vl2.runtime import GenerationOptions
-from vl2.runtime.serve import server
+from vl2.runtime.serve import app, server
 from vl2.runtime.serve.app import Service
 
 RUN = [sys.executable, "-c", "import sys; from vl2.cli import main; sys.exit(main())"]
@@ -145,6 +147,83 @@ def test_a_head_without_end_is_refused(live) -> None:
     with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"a" * 40_000)
         assert b" 400 " in connection.recv(100)
+
+
+LARGE = b"x" * (8 << 20)  # more than the system's buffers hold
+ASK_LARGE = b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.fixture
+def large_page(monkeypatch) -> None:
+    route = Route("/large", lambda _: Response(LARGE), methods=["GET"])
+    monkeypatch.setattr(app, "page_routes", lambda: [route])
+
+
+def asking(url: str, request: bytes) -> socket.socket:
+    """A connection that has asked; by its small window the server soon feels that nobody reads."""
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(PATIENCE)
+    connection.connect((host, int(port)))
+    connection.sendall(request)
+    return connection
+
+
+@pytest.mark.parametrize("requests", [1, 100], ids=["one answer", "pipelined"])
+def test_who_does_not_read_keeps_no_connection(shared_bundle: Path, large_page, requests: int) -> None:
+    limits = {"connections": 4, "stall_seconds": 0.3}
+    with on_a_port(numpy_model_of(shared_bundle), with_limits(limits, {})) as (url, _):
+        held = [asking(url, ASK_LARGE * requests) for _ in range(3)]
+        wait_until(lambda: httpx.get(f"{url}/health", timeout=PATIENCE).status_code == 503)
+        wait_until(lambda: httpx.get(f"{url}/health", timeout=PATIENCE).status_code == 200)
+        for connection in held:
+            connection.close()
+
+
+def test_who_reads_slowly_gets_everything(shared_bundle: Path, large_page) -> None:
+    with (on_a_port(numpy_model_of(shared_bundle), with_limits({"stall_seconds": 0.5}, {})) as (url, _),
+          asking(url, ASK_LARGE) as connection):
+        began, received = time.monotonic(), 0
+        while received < len(LARGE):
+            part = connection.recv(1 << 17)
+            assert part, "the connection was ended"
+            received += len(part)
+            time.sleep(0.01 * len(part) / (1 << 16))
+        assert time.monotonic() - began > 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_outlasts_the_grace_ends_as_an_error_of_the_service(
+        shared_bundle: Path, monkeypatch, caplog, stream: bool) -> None:
+    monkeypatch.setattr(server, "GRACE_SECONDS", 2)
+    model, backend = gated_model_of(shared_bundle)
+    answered: list[httpx.Response] = []
+
+    def ask(url: str) -> None:
+        answered.append(httpx.post(url + CHAT, json=question(stream=stream, max_tokens=300), timeout=PATIENCE))
+        backend.gate.set()
+
+    with on_a_port(model, with_limits(None, {})) as (url, _):
+        backend.shut_after = 4
+        client = threading.Thread(target=ask, args=(url,))
+        client.start()
+        assert backend.reached.wait(PATIENCE)
+    client.join(PATIENCE)
+    last = answered[0].text.strip().split("\n")[-1].removeprefix("data: ")
+    assert answered[0].status_code == (200 if stream else 503)
+    assert "shutting down" in json.loads(last)["error"]["message"] and "Traceback" not in caplog.text
+
+
+def test_a_request_that_is_still_being_sent_at_the_end_is_refused_in_order(shared_bundle: Path, monkeypatch,
+                                                                           caplog) -> None:
+    monkeypatch.setattr(server, "GRACE_SECONDS", 1)
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{{"
+    with on_a_port(numpy_model_of(shared_bundle), with_limits(None, {})) as (url, _):
+        connection = asking(url, head.encode())
+        time.sleep(0.3)  # nothing tells from outside that the head has been read
+    with connection:
+        assert connection.recv(20).startswith(b"HTTP/1.1 503") and "Traceback" not in caplog.text
 
 
 # The verb itself, as a process.

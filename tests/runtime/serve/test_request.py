@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.types.chat import ChatCompletionMessage
 
 from tests.runtime.serve.conftest import question, user
 from vl2.runtime import GenerationOptions
@@ -44,6 +45,15 @@ def test_every_field_arrives() -> None:
         constraint=Constraint("regex", "a+"))
 
 
+def test_what_the_official_client_dumps_is_accepted() -> None:
+    said = ChatCompletionMessage(role="assistant", content="x").model_dump()
+    assert {"annotations", "audio", "function_call", "refusal", "tool_calls"} <= said.keys()
+    asked = {"role": "user", "content": "a", "name": None, "tool_calls": None}
+    request = read({"messages": [asked, said, asked], "response_format": {"type": "json_schema", "json_schema": {
+        "name": "x", "description": None, "strict": None, "schema": {"type": "object"}}}})
+    assert [turn.content for turn in request.turns] == ["a", "x", "a"]
+
+
 def test_without_choices_the_answer_is_that_of_vl2_run() -> None:
     fields = ("stream", "max_tokens", "temperature", "stop", "logprobs", "response_format", "seed", "n")
     for body in (question(max_tokens=None), question(**dict.fromkeys(fields))):
@@ -75,7 +85,8 @@ REFUSED = [
     ({}, "messages", "no 'messages'"), ({"messages": []}, "messages", "expected minItems 1"),
     ({"messages": MESSAGE, "tools": []}, "tools", "unknown or unsupported: tools"),
     ({"messages": MESSAGE, "logit_bias": {}, "audio": 1}, "audio", "unsupported: audio, logit_bias"),
-    ({"messages": [{**MESSAGE[0], "name": "me"}]}, "messages[0].name", "unknown or unsupported"),
+    ({"messages": [{**MESSAGE[0], "name": "me"}]}, "messages[0].name", "is 'me', expected type 'null'"),
+    ({"messages": [{**MESSAGE[0], "weight": None}]}, "messages[0].weight", "unknown or unsupported"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "role 'tool', expected one of system"),
     ({"messages": [3]}, "messages[0].role", "has the role None"),
     ({"messages": {"role": "user"}}, "messages", "expected type 'array'"),
