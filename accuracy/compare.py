@@ -13,7 +13,7 @@ from typing import Any
 
 from vl2.accuracy.bounds import Bounds
 from vl2.accuracy.comparison import run_along
-from vl2.accuracy.journal import refuse_existing
+from vl2.accuracy.journal import held_place, refuse_existing
 from vl2.accuracy.layers import read_layers, refuse_other_checkpoint
 from vl2.accuracy.questions import DataOptions, Evaluation, read_questions, refuse_calibrated
 from vl2.accuracy.record import OpenBundle, Progress, RecordOptions, record, recorded_already
@@ -56,7 +56,8 @@ def compare(reference: Path, bundle: Path, data: Path, options: CompareOptions |
     """The report on what `bundle` lost against `reference`, a recording or a bundle that is recorded first.
 
     The folder `options.out` gets report.json, report.md, report.html, predictions.tsv, …; an interrupted comparison
-    goes on at the next question. Raises VL2Error for anything that cannot be compared.
+    goes on at the next question. Raises VL2Error for anything that cannot be compared, and while another process
+    compares there.
     """
     options, surroundings = options or CompareOptions(), surroundings or Surroundings()
     manifest = read_manifest(bundle)  # a wrong path is told before the reference has run for hours
@@ -89,8 +90,9 @@ def compare(reference: Path, bundle: Path, data: Path, options: CompareOptions |
 def _place(options: CompareOptions) -> Iterator[Path]:
     """Where the work belongs: `options.out`, or a place in a temporary folder."""
     if options.out is not None:
-        refuse_existing(options.out, options.force, REPORT_NAME)
-        yield options.out
+        with held_place(options.out, "comparison"):
+            refuse_existing(options.out, options.force, REPORT_NAME)
+            yield options.out
         return
     with tempfile.TemporaryDirectory(prefix="vl2-compare-") as folder:
         yield Path(folder) / "report"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vl2 import __version__
 from vl2.accuracy.journal import Journal
 from vl2.accuracy.logits import divergence, log_softmax
 from vl2.accuracy.questions import Evaluation
@@ -50,14 +51,14 @@ def run_along(recording: Recording, bundle: OpenBundle, data: Evaluation, out: P
               progress: Progress = lambda done, total: None) -> tuple[Comparison, Journal]:
     """Compares a bundle with a recording, question by question; the journal's folder is to become `out`.
 
-    Goes on behind the last finished question of an interrupted run. Raises VL2Error when the data are not the
-    recording's, or the bundle has other tokens than the reference.
+    The caller holds `out` (`held_place`). Goes on behind the last finished question of an interrupted run. Raises
+    VL2Error when the data are not the recording's, or the bundle has other tokens than the reference.
     """
     facts, start = bundle_facts(bundle), time.monotonic()
     _check_vocabulary(recording, facts)
     rows, options = recorded_rows(recording, data), recording.facts
     walk_options = WalkOptions(options.max_new_tokens, options.prompt_text, options.prefill_chunk)
-    job = {"bundle": facts.manifest_sha256, "recording": asdict(options), "data": data.sha256}
+    job = {**facts.identity(), "vl2": __version__, "recording": asdict(options), "data": data.sha256}
     journal, context = Journal(out, job), Context(bundle.model.engine)
     for done, (question, row) in enumerate(zip(data.questions, rows, strict=True)):
         progress(done, len(data.questions))

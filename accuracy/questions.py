@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import string
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vl2.accuracy.choices import Choices, choices_of
 from vl2.accuracy.metrics import METRICS, metric_of
+from vl2.accuracy.text_metrics import Score, choice
 from vl2.accuracy.vqa import LEAST_ANSWERS
 from vl2.data.files import image_sha256, open_rows
 from vl2.data.sample import BadRow, Ignored, Row, Sample
@@ -22,6 +25,7 @@ from vl2.prompt import Message, Processor
 from vl2.runtime.grounding import parse
 
 _SHOWN = 5  # bad rows in an error message
+_ERROR_RATES = ("cer", "wer")
 _USED_FACTS = {"id", "index", "task", "metric", "boxes", "category", *string.ascii_uppercase}
 
 
@@ -38,7 +42,8 @@ class DataOptions:
 @dataclass(frozen=True)
 class Question:
     """A row that can be asked. sha256: of its turns and its images' pixels; image: what it shares with other questions
-    on the same images; answers: empty where the row has none, and then metric is not applied."""
+    on the same images; answers: empty where the row has none, and then metric is not applied; with the metric `choice`
+    they are letters, of `letters`."""
 
     sample: Sample
     id: str
@@ -47,6 +52,13 @@ class Question:
     answers: tuple[str, ...]
     sha256: str
     image: str
+    letters: str = string.ascii_uppercase
+
+    def score(self, text: str) -> Score:
+        """What an answer is worth by the row's metric and answers, of which there are some."""
+        if self.metric == "choice":
+            return choice(text, self.answers, self.letters)
+        return METRICS[self.metric].score(text, self.answers)
 
     def conversation(self) -> list[Message]:
         """As `Processor.lay_out` takes it, the answer left empty; earlier turns of a conversation stay as they are."""
@@ -118,9 +130,13 @@ def _checked(sample: Sample, path: Path, processor: Processor, options: DataOpti
     task = str(facts.get("task") or facts.get("category") or path.stem)
     has_boxes = bool(answers) and all(parse(answer).boxes for answer in answers)
     metric = str(facts.get("metric") or options.metric or metric_of((task, path.stem), "A" in facts, has_boxes))
-    if fault := _fault(metric, answers):
+    choices = choices_of(facts, answers)
+    if fault := _fault(metric, answers, choices):
         return BadRow(sample.source, fault)
-    question = Question(sample, str(facts.get("id", facts.get("index", ""))), task, metric, answers, "", "")
+    if metric == "choice":
+        answers = tuple(map(choices.letter_of, answers))
+    name = str(facts.get("id", facts.get("index", "")))
+    question = Question(sample, name, task, metric, answers, "", "", choices.letters)
     try:
         layout = processor.lay_out(question.conversation())
         images = [image_sha256(load_image(image)) for message in sample.opened() for image in message.images]
@@ -131,14 +147,16 @@ def _checked(sample: Sample, path: Path, processor: Processor, options: DataOpti
     return replace(question, sha256=digest, image="+".join(images) or digest)
 
 
-def _fault(metric: str, answers: Sequence[str]) -> str | None:
+def _fault(metric: str, answers: Sequence[str], choices: Choices) -> str | None:
     if metric not in METRICS:
         return f"its metric is {metric!r}, expected one of {', '.join(METRICS)}"
     if metric == "vqa" and 0 < len(answers) < LEAST_ANSWERS:
         return f"VQA accuracy compares with the answers of ten people, at least {LEAST_ANSWERS}; it has {len(answers)}"
     if metric == "iou" and answers and not any(parse(answer).boxes for answer in answers):
         return f"its metric is 'iou', its answer {answers[0][:40]!r} holds no box"
-    return None
+    if metric in _ERROR_RATES and answers and not any(unicodedata.normalize("NFKC", text).strip() for text in answers):
+        return f"its metric is {metric!r}, its answer {answers[0][:40]!r} is blank: there is nothing to be wrong in"
+    return choices.fault_of(answers) if metric == "choice" else None
 
 
 def _boxes_as_text(boxes: Any, answers: Sequence[str]) -> list[str]:

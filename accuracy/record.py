@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vl2 import __version__
-from vl2.accuracy.journal import Journal, refuse_existing
+from vl2.accuracy.journal import Journal, held_place, refuse_existing
 from vl2.accuracy.logits import keep, log_softmax
 from vl2.accuracy.questions import Evaluation, Question
 from vl2.accuracy.recording import (
@@ -64,9 +64,16 @@ def record(bundle: OpenBundle, data: Evaluation, out: Path, options: RecordOptio
     """Asks every question of `data` and writes the recording `out`.
 
     Works in the hidden folder `.NAME.partial` beside it and goes on there after an interruption, when bundle,
-    questions and options are the same. Raises VL2Error when `out` exists and `force` is not set.
+    questions, options, backend and vl2 are the same. Raises VL2Error when `out` exists and `force` is not set, and
+    while another process records there.
     """
-    refuse_existing(out, options.force, RECORDING_NAME)
+    with held_place(out, "recording"):
+        refuse_existing(out, options.force, RECORDING_NAME)
+        _record(bundle, data, out, options, progress)
+    return Recording(out)
+
+
+def _record(bundle: OpenBundle, data: Evaluation, out: Path, options: RecordOptions, progress: Progress) -> None:
     facts, start = bundle_facts(bundle), time.monotonic()
     journal, dtype = Journal(out, _job(facts, data, options)), position_dtype(options.top, facts.vocab_size)
     path = journal.folder / POSITIONS_NAME
@@ -87,11 +94,10 @@ def record(bundle: OpenBundle, data: Evaluation, out: Path, options: RecordOptio
         positions={name: int((kinds == kind).sum()) for name, kind in KINDS.items()},
         seconds=round(time.monotonic() - start, 1)))
     journal.publish()
-    return Recording(out)
 
 
 def _job(facts: BundleFacts, data: Evaluation, options: RecordOptions) -> dict[str, Any]:
-    return {"bundle": facts.manifest_sha256, "data": data.sha256, **to_json(options.walk),
+    return {**facts.identity(), "vl2": __version__, "data": data.sha256, **to_json(options.walk),
             "top": min(options.top, facts.vocab_size)}
 
 
@@ -101,7 +107,7 @@ def recorded_already(folder: Path, bundle: OpenBundle, data: Evaluation, options
         return None
     found = Recording(folder)
     facts = to_json(found.facts)
-    job = {"bundle": found.facts.bundle.manifest_sha256, "data": found.facts.data_sha256,
+    job = {**found.facts.bundle.identity(), "vl2": found.facts.vl2_version, "data": found.facts.data_sha256,
            **{name: facts[name] for name in (*to_json(options.walk), "top")}}
     return found if job == _job(bundle_facts(bundle), data, options) else None
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,10 @@ class BundleFacts:
     vocab_size: int
     size_bytes: int
     backend: str
+
+    def identity(self) -> dict[str, str]:
+        """What the logits follow from: the files, and what runs them, without the number of threads."""
+        return {"bundle": self.manifest_sha256, "backend": re.sub(r"\b\d+ threads?, ", "", self.backend)}
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class PairedIntervals:
-    """Of the difference candidate − reference, and of the ratio candidate / reference (None where the reference's
-    figure is not positive in some resample)."""
+    """Of the difference candidate − reference (None where no row has a weight), and of the ratio candidate / reference
+    (None where the reference's figure is not positive in some resample)."""
 
-    difference: Interval
+    difference: Interval | None
     ratio: Interval | None
 
 
@@ -69,7 +69,7 @@ def paired_bootstrap(rows: np.ndarray, clusters: np.ndarray, seed: int = 0) -> P
     weighed = weight > 0
     difference = (candidate - reference)[weighed] / weight[weighed]
     ratio = _interval(candidate / reference) if (reference > 0).all() else None
-    return PairedIntervals(_interval(difference), ratio)
+    return PairedIntervals(_interval(difference) if weighed.any() else None, ratio)
 
 
 def _interval(figures: np.ndarray) -> Interval:

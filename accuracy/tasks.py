@@ -35,9 +35,8 @@ def scored_rows(comparison: Comparison) -> list[ScoredRow]:
 
 
 def _scored(question: Question, texts: tuple[str, str]) -> ScoredRow:
-    metric = METRICS[question.metric]
-    scores = tuple(metric.score(text, question.answers) for text in texts)
-    right = tuple(score.value >= metric.right_from * score.weight for score in scores)
+    scores = tuple(question.score(text) for text in texts)
+    right = tuple(score.value >= METRICS[question.metric].right_from * score.weight for score in scores)
     return ScoredRow(question, texts, scores, right)
 
 
@@ -73,7 +72,8 @@ def _figures(metric: str | None, rows: Sequence[ScoredRow]) -> dict[str, Any]:
         "metric": "right" if metric is None else METRICS[metric].name, "questions": len(rows), "images": len(names),
         "reference_percent": 100 * reference / weight, "candidate_percent": 100 * candidate / weight,
         "difference_points": 100 * (candidate - reference) / weight,
-        "difference_95": _percent(intervals.difference),
+        # No row with a weight: 0 / 1 above, in every resample.
+        "difference_95": [0.0, 0.0] if intervals.difference is None else _percent(intervals.difference),
         "recovery_percent": 100 * candidate / reference if reference > 0 else None,
         "recovery_95": None if intervals.ratio is None else _percent(intervals.ratio),
         "mcnemar": asdict(mcnemar(right[:, 0], right[:, 1])),

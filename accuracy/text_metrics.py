@@ -6,6 +6,7 @@ Each takes the prediction and a list of references, which is not empty, and give
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -33,14 +34,25 @@ def exact(prediction: str, references: Sequence[str]) -> Score:
     return Score(float(normalised(prediction) in map(normalised, references)))
 
 
-def choice(prediction: str, references: Sequence[str]) -> Score:
-    """Multiple choice: 1 where the first letter A…H that stands alone is the reference's."""
-    return Score(float(_letter(prediction) in {_letter(reference) for reference in references} - {None}))
+def choice(prediction: str, references: Sequence[str], letters: str = string.ascii_uppercase) -> Score:
+    """Multiple choice: 1 where the first of the row's `letters` that stands alone is a reference's.
+
+    Only its own: where A to D can be chosen, the I of "I think it is B" is no choice.
+    """
+    given = {letter_in(reference, letters) for reference in references} - {None}
+    return Score(float(letter_in(prediction, letters) in given))
 
 
-def _letter(text: str) -> str | None:
-    found = re.search(r"(?<![A-Za-z])[A-H](?![A-Za-z'])", text) or re.fullmatch(r"\s*\(?([a-h])[).:]?\s*", text)
-    return found[0].strip(" \t\n().:").upper() if found else None
+def letter_in(text: str, letters: str) -> str | None:
+    """The first capital of `letters` that stands alone in a text, or the one that the whole text is; None without."""
+    found = re.search(rf"(?<![A-Za-z])[{letters}](?![A-Za-z'])", text)
+    return found[0] if found else bare_letter(text, letters)
+
+
+def bare_letter(text: str, letters: str) -> str | None:
+    """The one of `letters` that is the whole text, such as `b)` or `(C).`; None without."""
+    found = re.fullmatch(r"\s*\(?([A-Za-z])\)?[.:]?\s*", text)
+    return found[1].upper() if found and found[1].upper() in letters else None
 
 
 def anls(prediction: str, references: Sequence[str]) -> Score:

@@ -30,7 +30,8 @@ def read_questions(path: Path) -> list[dict]:
     """The lines of a held-out file, each with `image` made a path beside the file; VL2Error where it is missing."""
     if not path.is_file():
         raise VL2Error(f"{path}: no such file", "the shipped set is nano/heldout/heldout.jsonl")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not str.splitlines: texts hold U+2028 and the like, which end no line of JSON.
+    lines = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
     return [{**line, "image": path.parent / line["image"]} for line in lines]
 
 

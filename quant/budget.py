@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from vl2.errors import VL2Error
+from vl2.quant.recipe import KEEP
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,17 @@ def allocate(items: Sequence[Item], budget_bytes: int, fixed_bytes: int = 0) -> 
     size, kld = _sum(best)
     return Allocation({item.name: option for item, option in zip(items, best, strict=True)}, fixed_bytes + size, kld,
                       max(gap, 0.0))
+
+
+def refuse_needless(items: Sequence[Item], budget_bytes: int, fixed_bytes: int = 0) -> None:
+    """Raises VL2Error where every item may be kept and all fit so: `allocate` would choose a recipe that quantizes
+    nothing, after hours of measuring."""
+    kept = [option.size_bytes for item in items for option in item.options if option.name == KEEP]
+    size = fixed_bytes + sum(kept)
+    if len(kept) == len(items) and size <= budget_bytes:
+        raise VL2Error(f"everything fits unquantized: {_size(size)} ({size} bytes), and the budget is "
+                       f"{_size(budget_bytes)}",
+                       f"`vl2 export --scheme fp16` quantizes nothing; or give a budget below {_size(size)}")
 
 
 def _chain(items: Sequence[Item]) -> list[list[Option]]:

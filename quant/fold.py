@@ -17,6 +17,7 @@ from vl2.quant.scheme import Scheme
 from vl2.quant.sites import Site, Unit
 from vl2.quant.source import Source
 from vl2.quant.statistics import LayerStatistics, Statistics
+from vl2.quant.tower import TowerStatistics
 
 # A layer's 64 experts share one scale; a sample of them finds it in a quarter of the time.
 _BUSIEST, _SPREAD = 8, 8
@@ -28,7 +29,7 @@ class Stage:
     """What a stage is quantized from: the checkpoint, what was measured (or None), the schemes and the method."""
 
     source: Source
-    statistics: LayerStatistics | None
+    statistics: LayerStatistics | TowerStatistics | None
     schemes: Mapping[str, Scheme | None]
     method: Method
 

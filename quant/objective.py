@@ -10,10 +10,14 @@ from torch import Tensor
 def output_error(weight: Tensor, approximation: Tensor, hessian: Tensor | None) -> float:
     """E‖Ŵx − Wx‖² = tr(D H Dᵀ) with D = Ŵ − W [N, K] and H = E[x xᵀ] [K, K]; Σ D² where H is None (no statistics).
 
-    Optimal Brain Compression, equation 2 (2208.11580).
+    Of H [K], a diagonal alone, it is the error of uncorrelated inputs. Optimal Brain Compression, equation 2
+    (2208.11580).
     """
     difference = approximation - weight
-    weighted = difference if hessian is None else difference @ hessian.to(difference.dtype)
+    weighted = difference
+    if hessian is not None:
+        hessian = hessian.to(difference.dtype)
+        weighted = difference * hessian if hessian.dim() == 1 else difference @ hessian
     return float((weighted * difference).sum().clamp(min=0))
 
 

@@ -26,10 +26,12 @@ from vl2.quant.parts import Part, split_parts
 from vl2.quant.publish import check_place, publish, put_in_place
 from vl2.quant.quantization_config import form_of
 from vl2.quant.recipe import OuterParts, Recipe, assign_schemes, builtin_recipe, read_recipe
+from vl2.quant.scheme import Scheme
 from vl2.quant.shard import write_shard, write_text
 from vl2.quant.source import Source
 from vl2.quant.stage import MatrixReport, PartResult, leaning_experts, quantize_part
 from vl2.quant.statistics import LayerStatistics
+from vl2.quant.tower import TowerStatistics
 from vl2.safetensors_file import read_header
 
 Progress = Callable[[str, int, int], None]
@@ -80,7 +82,7 @@ class Quantizer:
         self.source, self.out, self.options = Source(source), Path(out), options
         self.recipe = recipe_for(options, self.source.config)
         self.method = method_named(options.method)
-        self.schemes = assign_schemes(self.recipe, self.source.config)
+        self.schemes = quantizing_schemes(self.recipe, self.source.config)
         self.parts = split_parts(self.source.entries)
         self._work = self.out.with_name(self.out.name + ".partial")
         self.stream_dir = self._work / "stream"
@@ -99,7 +101,7 @@ class Quantizer:
         forms = {module: form_of(scheme) for module, scheme in self.schemes.items()}
         return TensorReader(read_header(self._shard(part)), forms)
 
-    def quantize_part(self, part: Part, statistics: LayerStatistics | None = None) -> None:
+    def quantize_part(self, part: Part, statistics: LayerStatistics | TowerStatistics | None = None) -> None:
         """Quantizes and writes one part, unless an interrupted run did. Layers without statistics: searched scales."""
         if part not in self.parts:
             raise VL2Error(f"the checkpoint has no {part}", f"its parts are {', '.join(map(str, self.parts))}")
@@ -110,16 +112,23 @@ class Quantizer:
         write_shard(self._shard(part), self._tensors(part, result))
         write_text(self._report_file(part), json.dumps(to_json(result.reports)))
 
-    def finish(self, head_statistics: Path | None = None, coverage: Mapping[str, Any] | None = None) -> Path:
+    def finish(
+        self, head_statistics: Path | None = None, coverage: Mapping[str, Any] | None = None, tower: Path | None = None
+    ) -> Path:
         """Quantizes the parts around the layers, writes index, configuration and card, and renames into place.
 
         head_statistics: calibration's file with the site `lm_head.input`, if there is one; coverage: its account of the
-        tokens by expert, for quantization.json. Raises VL2Error naming the first layer that was not quantized.
+        tokens by expert, for quantization.json; tower: the calibration set, which says how large the inputs of the
+        tower's Linears are. Raises VL2Error naming the first layer that was not quantized.
         """
+        measured: dict[str, LayerStatistics | TowerStatistics] = {}
+        if head_statistics is not None:
+            measured["head"] = LayerStatistics(head_statistics)
+        if tower is not None:
+            measured["vision"] = TowerStatistics(tower)
         for part in self.parts:
             if part.layer is None:
-                head = LayerStatistics(head_statistics) if head_statistics and part.stage == "head" else None
-                self.quantize_part(part, head)
+                self.quantize_part(part, measured.get(part.stage))
             elif not self._report_file(part).exists():
                 raise VL2Error(f"{part} was not quantized", "run the calibration to its end")
         reports = [report for part in self.parts for report in self._read_reports(part)]
@@ -144,7 +153,7 @@ class Quantizer:
             return {}
         return leaning_experts(reports, self.source.config.language_config.hidden_size)
 
-    def _result(self, part: Part, statistics: LayerStatistics | None) -> PartResult:
+    def _result(self, part: Part, statistics: LayerStatistics | TowerStatistics | None) -> PartResult:
         modules = [name.removesuffix(WEIGHT) for name in self.parts[part] if name.endswith(WEIGHT)]
         stage = Stage(self.source, statistics, self.schemes, self.method)
         return quantize_part(stage, part, modules, self._count)
@@ -167,8 +176,8 @@ class Quantizer:
             "calibration": to_json(self.options.calibration),
         }  # fmt: skip
         path = self._work / _JOB_NAME
-        if not self._work.exists():
-            self._work.mkdir(parents=True)
+        self._work.mkdir(parents=True, exist_ok=True)
+        if not any(self._work.iterdir()):  # new, or made by who holds it
             write_text(path, json.dumps(job))
         elif not path.exists() or read_json(path) != json.loads(json.dumps(job)):
             raise VL2Error(
@@ -196,6 +205,15 @@ class Quantizer:
 
     def _report_file(self, part: Part) -> Path:
         return self._shard(part).with_suffix(".json")
+
+
+def quantizing_schemes(recipe: Recipe, config: ModelConfig) -> dict[str, Scheme | None]:
+    """As `assign_schemes`; raises VL2Error too where every matrix is kept, for no reader takes such a checkpoint."""
+    schemes = assign_schemes(recipe, config)
+    if not any(schemes.values()):
+        raise VL2Error(f"recipe `{recipe.name}` quantizes nothing: every matrix is kept",
+                       "give some modules a scheme, or export the checkpoint as it is: vl2 export --scheme fp16")
+    return schemes
 
 
 def recipe_for(options: QuantizeOptions, config: ModelConfig) -> Recipe:

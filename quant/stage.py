@@ -20,6 +20,7 @@ from vl2.quant.scheme import Scheme
 from vl2.quant.sites import Site, Unit, layer_units, router_of
 from vl2.quant.source import Source
 from vl2.quant.statistics import Statistics
+from vl2.quant.tower import TowerStatistics
 
 Report = Callable[[str], None]
 HEAD_SITE = "lm_head.input"  # of calibration's last file
@@ -90,9 +91,9 @@ def quantize_part(stage: Stage, part: Part, modules: Iterable[str], report: Repo
 
     modules: the part's matrices in the file's order.
     """
-    if stage.statistics is None:
+    if stage.statistics is None or isinstance(stage.statistics, TowerStatistics):
         schemes = {module: stage.schemes[module] for module in modules if stage.schemes.get(module) is not None}
-        return quantize_plain(stage.source, schemes, stage.method, report)
+        return quantize_plain(stage.source, schemes, stage.method, report, stage.statistics)
     if part.stage == "head":
         return quantize_stage(stage, [Unit((Site(HEAD_SITE, (HEAD,)),))], None, report)
     language = stage.source.config.language_config
@@ -100,12 +101,16 @@ def quantize_part(stage: Stage, part: Part, modules: Iterable[str], report: Repo
     return quantize_stage(stage, units, router_of(language, part.layer, part.stage), report)
 
 
-def quantize_plain(source: Source, schemes: Mapping[str, Scheme], method: Method, report: Report) -> PartResult:
-    """Every module of `schemes` for itself, without statistics; methods that need them fall to searched scales."""
+def quantize_plain(
+    source: Source, schemes: Mapping[str, Scheme], method: Method, report: Report, tower: TowerStatistics | None = None
+) -> PartResult:
+    """Every module of `schemes` for itself, without statistics or by the tower's; methods that need whole Hessians fall
+    to searched scales."""
     method = METHODS["search"] if method.needs_statistics else method
     result = PartResult()
     for module, scheme in schemes.items():
-        _quantize_together(result, {module: source.weight(module)}, None, scheme, method)
+        statistics = None if tower is None else tower.of(module)
+        _quantize_together(result, {module: source.weight(module)}, statistics, scheme, method)
         report(module)
     return result
 

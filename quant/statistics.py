@@ -20,7 +20,8 @@ from vl2.safetensors_file import TensorEntry, read_header
 
 @dataclass(frozen=True)
 class Statistics:
-    """`hessian`: E[x xᵀ] float [K, K]; `abs_mean`: E|x| float [K]; `tokens`: how many x, counted once each."""
+    """`hessian`: E[x xᵀ] float [K, K], or its diagonal [K] where no correlations were measured; `abs_mean`: E|x| float
+    [K]; `tokens`: how many x, counted once each."""
 
     hessian: Tensor
     abs_mean: Tensor
@@ -29,7 +30,7 @@ class Statistics:
     @property
     def importance(self) -> Tensor:
         """E[x_k²] [K]: the weight of column k where inputs are uncorrelated."""
-        return self.hessian.diagonal()
+        return self.hessian if self.hessian.dim() == 1 else self.hessian.diagonal()
 
     def scaled_inputs(self, scale: Tensor) -> Statistics:
         """The statistics of x / scale (scale: [K]), which a fold makes the site's new input."""
@@ -107,7 +108,7 @@ class LayerStatistics:
 def check_statistics(statistics: Statistics, inputs: int) -> None:
     """Raises VL2Error unless the statistics are finite and of a matrix with K = `inputs`."""
     check_finite(statistics.hessian, "a Hessian")
-    if statistics.hessian.shape != (inputs, inputs):
+    if set(statistics.hessian.shape) != {inputs}:
         raise VL2Error(
             f"a Hessian is {list(statistics.hessian.shape)}, but its matrix has {inputs} inputs",
             "the statistics are of another checkpoint: calibrate again",

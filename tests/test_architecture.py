@@ -16,7 +16,7 @@ ARROWS = {
     "vl2": set(), "model": set(), "calib": {"model", "nano"}, "quant": {"model"}, "plugins": {"model"},
     "hosts": set(), "export": {"model", "plugins"}, "runtime": {"hosts"}, "nano": {"model", "runtime"},
     "accuracy": {"runtime"}, "layerwise": {"model", "calib", "quant", "accuracy"},
-    "machine": {"runtime"}, "planning": {"runtime", "machine"}, "measure": {"runtime", "machine", "planning"},
+    "machine": {"runtime", "hosts"}, "planning": {"runtime", "machine"}, "measure": {"runtime", "machine", "planning"},
     "cli": {"machine", "planning", "measure", "model", "calib", "quant", "plugins", "hosts", "export", "runtime",
             "nano", "accuracy", "layerwise"},
 }

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vl2.errors import VL2Error
+
+
+@contextmanager
+def work_folder(folder: Path, what: str) -> Iterator[None]:
+    """Makes `folder` where it is missing and holds it as `locked_folder`; one that stayed empty is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked_folder(folder, what):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it holds unfinished work, or is gone
+                folder.rmdir()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from vl2.errors import VL2Error
@@ -17,7 +18,8 @@ FORMAT = "pack-quantized"
 # Beside config.json: recipe, method, calibration data, what each matrix lost.
 DESCRIPTION_NAME = "quantization.json"
 WEIGHT, PACKED, SCALE, SHAPE = ".weight", ".weight_packed", ".weight_scale", ".weight_shape"
-# compressed-tensors' target "Linear" names a class, of which the embedding table is none.
+# compressed-tensors' target that names a class, of which the embedding table is none.
+_LINEAR = "Linear"
 _EMBEDDINGS = "embed_tokens"
 
 _ANYTHING = None
@@ -62,7 +64,7 @@ class Form:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Groups of targets with their form; `ignore` goes before them, the first group that matches decides."""
+    """Groups of targets with their form; `ignore` goes before them, the most specific target that matches decides."""
 
     groups: tuple[tuple[tuple[str, ...], Form], ...]
     ignore: tuple[str, ...] = ()
@@ -82,7 +84,16 @@ class QuantizationConfig:
         """The form of a matrix by its module's name; None for one that lies in the file as floats."""
         if _matches(module, self.ignore):
             return None
-        return next((form for targets, form in self.groups if _matches(module, targets)), None)
+        return next((form for target, form in self._by_precedence if _matches(module, (target,))), None)
+
+    @cached_property
+    def _by_precedence(self) -> list[tuple[str, Form]]:
+        """Targets in compressed-tensors' order (`match_targets`): exact names, patterns by their text, the class.
+
+        The order of groups does not count, but for a target that several have: the last one's form is taken.
+        """
+        forms = {target: form for targets, form in self.groups for target in targets}
+        return sorted(forms.items(), key=lambda pair: (pair[0] == _LINEAR, pair[0].startswith("re:"), pair[0]))
 
 
 def _group(name: str, values: Any) -> tuple[tuple[str, ...], Form]:
@@ -122,6 +133,6 @@ def _matches(module: str, targets: Iterable[str]) -> bool:
     return any(
         re.match(target[3:], module) is not None
         if target.startswith("re:")
-        else target == module or (target == "Linear" and not module.endswith(_EMBEDDINGS))
+        else target == module or (target == _LINEAR and not module.endswith(_EMBEDDINGS))
         for target in targets
     )

@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 
 from tests.accuracy.conftest import write_questions
+from vl2 import __version__
 from vl2.accuracy import comparison as comparison_module
 from vl2.accuracy.answers import ends_in_a_loop
 from vl2.accuracy.bounds import Bounds, check_bounds
 from vl2.accuracy.compare import CompareOptions, Surroundings, compare
+from vl2.accuracy.comparison import run_along
 from vl2.accuracy.metrics import METRICS
 from vl2.accuracy.questions import DataOptions, read_questions
 from vl2.accuracy.record import OpenBundle, RecordOptions, record
+from vl2.accuracy.recording import Recording
 from vl2.accuracy.report import to_markdown
 from vl2.accuracy.walk import WalkOptions
 from vl2.cli import cli, run_command
@@ -157,6 +160,28 @@ def test_an_interrupted_comparison_goes_on_and_gives_the_same(
     kld, whole = (found["logits"]["answer"]["kld"] for found in (again, report))
     assert kld["mean"] == pytest.approx(whole["mean"], rel=1e-3)
     assert {**again["answers"]} == report["answers"] and again["tasks"] == report["tasks"]
+
+
+def test_two_comparisons_do_not_write_to_one_place(
+    recording: Path, candidate_bundle: Path, questions_file: Path, tmp_path
+) -> None:
+    options = replace(OPTIONS, out=tmp_path / "out")
+
+    def again(done: int, total: int) -> None:
+        with pytest.raises(VL2Error, match="another comparison writes to"):
+            compare(recording, candidate_bundle, questions_file, options)
+
+    compare(recording, candidate_bundle, questions_file, options, Surroundings(progress=lambda stage: again))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_backend_belongs_to_a_comparison(
+    recording: Path, candidate: OpenBundle, questions_file: Path, tmp_path
+) -> None:
+    data = read_questions(questions_file, candidate.model.engine.processor, DataOptions())
+    _, journal = run_along(Recording(recording), candidate, data, tmp_path / "out")
+    found = json.loads((journal.folder / "job.json").read_text())
+    assert found["backend"].startswith("CPU, onnxruntime ") and found["vl2"] == __version__
 
 
 def test_a_reference_bundle_is_recorded_into_the_report(

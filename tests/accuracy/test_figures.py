@@ -82,6 +82,11 @@ def test_a_task_that_the_reference_cannot_do_has_no_recovery() -> None:
     assert tasks[0]["recovery_percent"] is None and overall["mean_recovery_percent"] is None
 
 
+def test_references_without_a_character_do_not_break_the_report() -> None:
+    (task,), _ = task_figures(compared(("a", "cer", " ", "0", "x", ""), ("a", "cer", "\u3000", "1", "", "y")))
+    assert task["difference_points"] == 0 and task["difference_95"] == [0, 0] and task["recovery_percent"] is None
+
+
 def test_rows_without_answers_give_no_task() -> None:
     assert task_figures(compared(("a", "exact", "", "0", "y", "x"))) == ([], None)
 

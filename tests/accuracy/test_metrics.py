@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vl2.accuracy.boxes import is_valid
 from vl2.accuracy.metrics import METRICS, metric_of
-from vl2.accuracy.text_metrics import Score
+from vl2.accuracy.text_metrics import Score, choice
 from vl2.accuracy.vqa import normalised_answer
 from vl2.runtime.grounding import intersection_over_union
 
@@ -118,3 +118,9 @@ def test_intersection_over_union_counts_cells(a: tuple, b: tuple) -> None:
 ])
 def test_a_row_without_a_metric_gets_its_tasks(names: tuple, choices: bool, boxes: bool, expected: str) -> None:
     assert metric_of(names, choices, boxes) == expected
+
+
+def test_a_choice_is_any_letter_or_one_of_those_that_the_row_has() -> None:
+    assert METRICS["choice"].score("Z.", ["z"]) == Score(1.0)
+    assert choice("I say (B)", ["B"], "ABCD") == choice("b.", ["B"], "ABCD") == Score(1.0)
+    assert choice("i)", ["B"], "ABCD") == choice("E", ["E"], "ABCD") == Score(0.0)

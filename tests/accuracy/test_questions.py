@@ -93,6 +93,17 @@ BAD = {
     "an unknown metric": ({"question": "?", "metric": "bleu"}, "its metric is 'bleu', expected one of exact"),
     "too few people": ({"question": "?", "metric": "vqa", "answers": ["a"]}, "at least 4; it has 1"),
     "no box to find": ({"question": "?", "metric": "iou", "answers": ["a"]}, "holds no box"),
+    "a blank reference of an error rate": ({"question": "?", "metric": "cer", "answers": ["\u3000", " "]}, "is blank"),
+    "blanks for words": ({"question": "?", "metric": "wer", "answer": "\n\t "}, "is blank"),
+    "half a pair in the question": ({"question": "\ud83d?"}, "half a surrogate pair (U+D83D)"),
+    "half a pair in the answer": ({"question": "?", "answers": ["x", "\udc00"]}, "half a surrogate pair (U+DC00)"),
+    "half a pair in a field": ({"question": "?", "id": "\udfff"}, "half a surrogate pair (U+DFFF)"),
+    "half a pair in a path": ({"question": "?", "image": "\ud800.png"}, "half a surrogate pair (U+D800)"),
+    "half a pair in a name": ({"question": "?", "\ud800": 1}, "half a surrogate pair (U+D800)"),
+    "an answer that is no choice": ({"question": "?", "A": "cat", "B": "dog", "answer": "cow"},
+                                    "its answer 'cow' is none of its choices A, B"),
+    "a letter without a choice": ({"question": "?", "A": "cat", "B": "dog", "answer": "C"}, "none of its choices A, B"),
+    "no letter at all": ({"question": "?", "metric": "choice", "answer": "cow"}, "is none of its choices A, B, C"),
     "an image too many": ({"question": "<image><image>", "image": "0.png"}, "has 2 <image>, the row 1 images"),
 }
 
@@ -115,3 +126,42 @@ def test_data_of_no_known_format_are_refused(read, tmp_path: Path) -> None:
         read(tmp_path / "none.jsonl")
     with pytest.raises(VL2Error, match="none of 0 rows"):
         read(write_questions(tmp_path / "empty.jsonl"))
+
+
+def test_half_a_surrogate_pair_is_a_bad_row_in_every_format(read, questions_file: Path) -> None:
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "\ud800"}]
+    records = [{"conversations": turns}, {"conversations": turns[:1]}]
+    (questions_file.parent / "half.json").write_text(json.dumps(records))
+    image = base64.b64encode((questions_file.parent / "0.png").read_bytes()).decode()
+    (questions_file.parent / "half.tsv").write_text(
+        f"index\timage\tquestion\tanswer\n1\t{image}\tWhat?\t['\\ud800']\n2\t{image}\tWhat?\t['x']\n")
+    for name in ("half.json", "half.tsv"):
+        path = questions_file.parent / name
+        with pytest.raises(VL2Error, match="1 of 2 rows") as caught:
+            read(path)
+        assert "half a surrogate pair (U+D800)" in caught.value.message and f"{path}:" in caught.value.message
+        assert len(read(path, tolerate=0.5).questions) == 1
+
+
+@pytest.mark.parametrize("answer, expected", [
+    ("J", "J"), ("(j)", "J"), ("kind 9", "J"), ("Kind  9", "J"), ("The answer is J.", "J"), ("kind A", "B")])
+def test_the_answer_of_a_choice_is_a_letter_of_its_own_columns(
+    read, questions_file: Path, answer: str, expected: str
+) -> None:
+    """Ten columns; a text that names another choice's letter is its own choice's all the same."""
+    columns = {letter: f"kind {index}" for index, letter in enumerate("ABCDEFGHIJ")} | {"B": "kind A"}
+    path = write_questions(questions_file.parent / "choices.jsonl", {"question": "?", "answer": answer, **columns})
+    question, = read(path).questions
+    assert (question.metric, question.answers, question.letters) == ("choice", (expected,), "ABCDEFGHIJ")
+    assert question.score(f"It is {expected}.").value == 1 and question.score("It is C.").value == 0
+
+
+def test_a_letter_that_cannot_be_chosen_is_no_answer(read, questions_file: Path) -> None:
+    path = write_questions(questions_file.parent / "few.jsonl",
+                           {"question": "?", "answer": "B", "A": "cat", "B": "dog", "C": "cow"},
+                           {"question": "A: cat B: dog?", "metric": "choice", "answer": "B"},
+                           {"question": "As listed?", "metric": "choice", "answer": "K"})
+    few, listed, more = read(path).questions
+    assert (few.letters, listed.letters, more.letters) == ("ABC", "ABCDEFGH", "ABCDEFGHIJK")
+    assert few.score("I think B").value == listed.score("I think B").value == 1
+    assert few.score("D, not B").value == 1 and listed.score("D, not B").value == 0

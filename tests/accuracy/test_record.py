@@ -126,6 +126,63 @@ def test_a_recording_is_recognised_by_what_it_was_made_from(
     assert recorded_already(tmp_path / "none", reference, data, OPTIONS) is None
 
 
+class Elsewhere:
+    """A model as another backend, or another number of threads, runs it."""
+
+    def __init__(self, model, backend: str):
+        self._model, self.backend = model, backend
+
+    def __getattr__(self, name: str):
+        return getattr(self._model, name)
+
+
+def on(bundle: OpenBundle, backend: str) -> OpenBundle:
+    return OpenBundle(bundle.folder, Elsewhere(bundle.model, backend))
+
+
+def test_the_backend_belongs_to_a_recording_and_the_number_of_threads_does_not(
+    reference: OpenBundle, data: Evaluation, tmp_path
+) -> None:
+    four, one, other = (on(reference, name) for name in (
+        "CPU, 4 threads, onnxruntime 1.23", "CPU, 1 thread, onnxruntime 1.23", "CUDA, onnxruntime 1.23"))
+    with pytest.raises(Killed):
+        record(four, data, tmp_path / "r", OPTIONS, kill_at(3))
+    begun = []
+    record(one, data, tmp_path / "r", OPTIONS, lambda done, total: begun.append(rows_in(tmp_path / ".r.partial")))
+    assert begun[0] == 3, "goes on"
+    assert recorded_already(tmp_path / "r", four, data, OPTIONS)
+    assert recorded_already(tmp_path / "r", other, data, OPTIONS) is None
+    with pytest.raises(Killed):
+        record(four, data, tmp_path / "s", OPTIONS, kill_at(3))
+    begun = []
+    record(other, data, tmp_path / "s", OPTIONS, lambda done, total: begun.append(rows_in(tmp_path / ".s.partial")))
+    assert begun[0] == 0, "begins anew"
+
+
+def rows_in(folder: Path) -> int:
+    path = folder / "rows.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_another_version_of_vl2_begins_anew(reference: OpenBundle, data: Evaluation, tmp_path, monkeypatch) -> None:
+    with pytest.raises(Killed):
+        record(reference, data, tmp_path / "r", OPTIONS, kill_at(3))
+    monkeypatch.setattr(record_module, "__version__", "99")
+    begun = []
+    record(reference, data, tmp_path / "r", OPTIONS, lambda done, total: begun.append(rows_in(tmp_path / ".r.partial")))
+    assert begun[0] == 0
+    monkeypatch.undo()
+    assert recorded_already(tmp_path / "r", reference, data, OPTIONS) is None
+
+
+def test_two_recordings_do_not_write_to_one_place(reference: OpenBundle, data: Evaluation, tmp_path) -> None:
+    def again(done: int, total: int) -> None:
+        with pytest.raises(VL2Error, match="another recording writes to"):
+            record(reference, data, tmp_path / "r", OPTIONS)
+
+    assert record(reference, data, tmp_path / "r", OPTIONS, again).facts.rows == 5
+
+
 def test_a_broken_or_newer_recording_is_refused(reference: OpenBundle, data: Evaluation, tmp_path) -> None:
     record(reference, data, tmp_path / "r", OPTIONS)
     facts = tmp_path / "r" / RECORDING_NAME

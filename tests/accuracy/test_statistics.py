@@ -100,3 +100,8 @@ def test_five_per_cent_of_flips_in_a_thousand_rows_show_two_points() -> None:
 
 def test_no_flips_in_fifty_rows_do_not_show_that_there_are_none() -> None:
     assert smallest_visible_effect(np.zeros(50), np.arange(50)) > 0.09
+
+
+def test_rows_that_all_lack_weight_have_no_interval() -> None:
+    found = paired_bootstrap(np.zeros((3, 3)), np.arange(3))
+    assert found.difference is None and found.ratio is None

@@ -17,9 +17,12 @@ from vl2.calib.data import CalibrationData, DataOptions, read_data
 from vl2.calib.embed import EmbedOptions, embed_calibration
 from vl2.calib.progress import Progress
 from vl2.calib.tiles import BLOCK_SITES
+from vl2.config import load_config
 from vl2.errors import VL2Error
 from vl2.model.checkpoint import load_model
 from vl2.prompt import Processor
+from vl2.quant.linears import matrices
+from vl2.quant.tower import TowerStatistics
 
 TINY = GOLDENS / "tiny-mini"
 
@@ -69,6 +72,15 @@ def test_statistics_of_tower_and_projector_are_those_of_hooked_inputs(
         assert_close(tensors[f"{site}.hessian_diag"], x.square().mean(dim=0), UNIT, name)
         assert_close(tensors[f"{site}.abs_mean"], x.abs().mean(dim=0), UNIT, name)
         assert tensors[f"{site}.tokens"].tolist() == [0, len(x)]
+
+
+def test_quantization_finds_the_statistics_of_every_linear_that_runs_on_images(
+    mini_folder: Path, mini_set: tuple[Path, CalibrationSet]
+) -> None:
+    tower, found = TowerStatistics(mini_set[0]), matrices(load_config(mini_folder))
+    for module, (_, inputs) in found.items():
+        if module.startswith(("vision.blocks.", "projector.layers.")):
+            assert tower.of(module).importance.shape == (inputs,), module
 
 
 def test_a_set_is_read_back_as_it_was_written(mini_set: tuple[Path, CalibrationSet]) -> None:

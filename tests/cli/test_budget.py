@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import GOLDENS, NANO
-from vl2.cli import cli, run_command, sensitivity
+from vl2.cli import budgeted, cli, run_command, sensitivity
 from vl2.cli.budgeted import choose_recipe, option_sizes
 from vl2.cli.sensitivity import BudgetJob, measure_groups
 from vl2.config import load_config
+from vl2.errors import VL2Error
 from vl2.export.size import bundle_sizes
 from vl2.json_file import read_json
 from vl2.quant.checkpoint import QuantizedCheckpoint
@@ -116,19 +118,74 @@ def test_the_result_fits_and_costs_about_what_was_predicted(
     forms = {module: form_of(scheme) for module, scheme in assign_schemes(recipe, config).items()}
     assert forms == QuantizedCheckpoint(out).forms
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
-    if checkpoint == TINY:
-        _interrupt_before_measuring(out)
-        code, _, talk = vl2(*asked, "--budget", budget, "--out", out)
-        assert code == 0 and "measuring what was lost" in talk and "quantized by" not in talk
-        assert read_json(out / "quantization.json")["budget"] == facts
 
 
-def _interrupt_before_measuring(out: Path) -> None:
-    """Leaves what a job leaves that is killed when its checkpoint is in place and not yet measured."""
-    content = read_json(out / "quantization.json")
-    content["budget"] = {key: value for key, value in content["budget"].items() if not key.startswith("measured")}
-    (out / "quantization.json").write_text(json.dumps(content))
-    out.with_name(f"{out.name}.budget").mkdir()
+@pytest.fixture
+def killed_while_measuring(vl2, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`killed_while_measuring(arguments)`: the command, ended when its checkpoint is in place and not yet measured."""
+
+    def run(*arguments: object) -> None:
+        def dies(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(budgeted, "measure_checkpoint", dies)
+            assert vl2(*arguments)[0] not in (0, 1, 2)
+
+    return run
+
+
+def test_an_interrupted_job_goes_on_as_itself_alone(
+    vl2, calibration, killed_while_measuring, tmp_path: Path
+) -> None:
+    given, out, work = calibration(TINY), tmp_path / "q", tmp_path / "q.budget"
+    asked = ["quantize", TINY, "--vision", "int8", "--method", "rtn", "--out", out, "--calib"]
+    _, told, _ = vl2(*asked, given, "--budget", "1GB", "--dry-run", "--json")
+    plan = json.loads(told)
+    budget, other = ((share * plan["smallest_bytes"] + plan["largest_bytes"]) // (share + 1) for share in (2, 4))
+    killed_while_measuring(*asked, given, "--budget", budget)
+    before = read_json(out / "quantization.json")["budget"]
+    assert "measured_kld" not in before and before["bytes"] == budget
+    for changed in ([given, "--budget", other], [given, "--budget", budget, "--method", "search"]):
+        code, _, talk = vl2(*asked, *changed)
+        assert code == 1 and f"{work} was begun from another" in talk and "--force" in talk
+    code, _, talk = vl2(*asked, given, "--budget", budget)
+    assert code == 0 and "measuring what was lost" in talk and "quantized by" not in talk
+    after = read_json(out / "quantization.json")["budget"]
+    assert after.items() >= before.items() and after["measured_kld"] > 0 and not work.exists()
+
+
+def test_a_forced_job_begins_anew_beside_an_interrupted_one(
+    vl2, calibration, killed_while_measuring, tmp_path: Path
+) -> None:
+    given, out = calibration(TINY), tmp_path / "q"
+    asked = ["quantize", TINY, "--vision", "int8", "--method", "rtn", "--out", out, "--calib", given]
+    _, told, _ = vl2(*asked, "--budget", "1GB", "--dry-run", "--json")
+    plan = json.loads(told)
+    budget, other = ((share * plan["smallest_bytes"] + plan["largest_bytes"]) // (share + 1) for share in (2, 4))
+    killed_while_measuring(*asked, "--budget", budget)
+    (tmp_path / "q.partial").mkdir()
+    (tmp_path / "q.partial" / "job.json").write_text("{}")
+    code, _, talk = vl2(*asked, "--budget", other, "--force")
+    assert code == 0 and "quantized by" not in talk, "what was measured of the same model serves again"
+    facts = read_json(out / "quantization.json")["budget"]
+    assert facts["bytes"] == other and facts["measured_kld"] > 0 and [one.name for one in tmp_path.iterdir()] == ["q"]
+
+
+def test_another_calibration_set_is_another_job(calibration, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    assert run_command(cli, "vl2", ["calibrate", str(TINY), "--out", str(other), "--samples", "1", "--seed", "5"]) == 0
+    source = Source(TINY)
+    jobs = [BudgetJob(TINY, given, 10**6, QuantizeOptions(method="rtn", force=force),
+                      lambda schemes: planned_file_bytes(source, schemes, False), {"vision": "int8"})
+            for given, force in ((calibration(TINY), False), (other, False), (other, True))]
+    work = tmp_path / "work"
+    work.mkdir()
+    assert not budgeted.is_begun(jobs[0], work)
+    (work / "job.json").write_text(json.dumps(budgeted._job_identity(jobs[0])))
+    assert budgeted.is_begun(jobs[0], work) and not budgeted.is_begun(jobs[2], work)
+    with pytest.raises(VL2Error, match="another checkpoint, calibration set"):
+        budgeted.is_begun(jobs[1], work)
 
 
 def test_what_large_models_are_spared_is_close_to_what_is_measured(
@@ -161,22 +218,33 @@ def test_more_bytes_never_predict_a_larger_loss_and_an_impossible_budget_names_t
     with pytest.raises(Exception, match=f"{least} bytes"):
         choose_recipe(BudgetJob(budget_bytes=least - 1, **job), tmp_path)
     losses = []
-    for share in (0, 0.1, 0.4, 1):
+    for share in (0, 0.1, 0.4, 0.99):
         budget = least + int(share * (most - least))
         _, facts = choose_recipe(BudgetJob(budget_bytes=budget, **job), tmp_path)
         assert facts["predicted_bytes"] <= budget
         losses.append(facts["predicted_kld"])
-    assert losses == sorted(losses, reverse=True) and losses[-1] == 0 < losses[0]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+    with pytest.raises(VL2Error, match=rf"everything fits unquantized: .* \({most} bytes\)"):
+        choose_recipe(BudgetJob(budget_bytes=most, **job), tmp_path)
 
 
-def test_one_command_keeps_a_bundle_in_its_budget_and_measures_the_tower_too(vl2, tmp_path: Path) -> None:
+def test_one_command_keeps_a_bundle_in_its_budget_and_measures_the_tower_too(
+    vl2, killed_while_measuring, tmp_path: Path
+) -> None:
     out = tmp_path / "b"
     asked = ["export", TINY, "--samples", 2, "--method", "rtn", "--no-verify", "--out", out]
-    code, told, _ = vl2(*asked, "--budget", "1GB", "--dry-run", "--json")
+    code, _, talk = vl2(*asked, "--budget", "1GB")
+    assert code == 1 and "--scheme fp16" in talk and "calibrating" not in talk and list(tmp_path.iterdir()) == []
+    largest = int(re.search(r"fits unquantized: .* \((\d+) bytes\)", talk)[1])
+    code, told, _ = vl2(*asked, "--budget", largest - 1, "--dry-run", "--json")
     plan = json.loads(told)
-    budget = (plan["smallest_bytes"] + plan["largest_bytes"]) // 2
+    assert plan["largest_bytes"] == largest
+    budget = (plan["smallest_bytes"] + largest) // 2
+    killed_while_measuring(*asked, "--budget", budget)
+    code, _, talk = vl2(*asked, "--budget", budget, "--lowering", "portable")
+    assert code == 1 and "other" in talk and "b.work" in talk, "its sizes are others"
     code, _, talk = vl2(*asked, "--budget", budget)
-    assert code == 0, talk
+    assert code == 0 and "measuring what was lost" in talk and "quantized by" not in talk, talk
     manifest = read_json(out / "manifest.json")
     facts = manifest["quantization"]["budget"]
     assert files_bytes(out) <= facts["predicted_bytes"] <= budget and facts["unmeasured"] == []

@@ -16,6 +16,7 @@ from PIL import Image
 from tests.conftest import GOLDENS
 from vl2.cli import cli, run_command
 from vl2.cli.options import METHODS, RECIPES, ByteSize, Share
+from vl2.folder_lock import work_folder
 from vl2.json_file import read_json
 from vl2.quant import method as quant_method
 from vl2.quant import recipe as quant_recipe
@@ -95,6 +96,9 @@ def test_quantizing_with_and_without_calibration_says_what_was_made(vl2, calibra
     assert (facts["scheme"], facts["method"]) == ("int4", "awq+gptq") and facts["calibration"]["synthetic"] is True
     assert facts["size_bytes"] == sum(read_json(tmp_path / "q" / "quantization.json")["modules"].values())
     assert "text tokens an expert: at least" in talk and "image tokens an expert: at least" in talk
+    matrices = read_json(tmp_path / "q" / "quantization.json")["matrices"]
+    tower = [matrix for matrix in matrices if matrix["module"].startswith("vision.blocks.")]
+    assert tower and all(matrix["tokens"] > 0 and matrix["over_rtn"] <= 1 for matrix in tower)
     assert len(facts["coverage"]["layers"]) == 9 and "Calibration tokens that an expert got" in (
         tmp_path / "q" / "README.md").read_text()
     code, told, talk = vl2("quantize", TINY, "--scheme", "int8", "--out", tmp_path / "plain")
@@ -128,6 +132,23 @@ def test_options_without_meaning_are_wrong_usage(vl2, tmp_path: Path, options: t
     assert code == 2 and "Usage" in talk
 
 
+@pytest.mark.parametrize("more", [("--scheme", "int4"), ("--budget", "1GB")])
+def test_a_finished_set_is_not_sampled_again(vl2, calibration: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    asked = ("export", TINY, "--out", tmp_path / "b", "--calib", calibration, *more)
+    for option in (("--samples", 4), ("--tokens", 99), ("--seed", 1), ("--tolerate", "1%")):
+        code, _, talk = vl2(*asked, *option)
+        assert code == 2 and option[0] in talk and "was sampled when it was made" in " ".join(talk.split())
+
+
+@pytest.mark.parametrize("verb", ["export", "quantize"])
+def test_a_recipe_that_quantizes_nothing_is_refused_before_any_work(vl2, tmp_path: Path, verb: str) -> None:
+    recipe = tmp_path / "none.json"
+    recipe.write_text(json.dumps({"name": "none", "rules": [{"modules": "*", "scheme": "keep"}]}))
+    code, _, talk = vl2(verb, TINY, "--scheme", recipe, "--out", tmp_path / "out")
+    assert code == 1 and "quantizes nothing" in talk and "--scheme fp16" in talk and "calibrating" not in talk
+    assert [path.name for path in tmp_path.iterdir()] == ["none.json"]
+
+
 LOCKED = """
 import sys, time
 from pathlib import Path
@@ -153,6 +174,18 @@ def test_a_work_folder_belongs_to_one_process_until_that_ends_in_any_way(vl2, tm
         holder.kill()
         holder.wait()
     assert vl2(*asked)[0] == 0
+
+
+@pytest.mark.parametrize("verb, options, what", [
+    ("quantize", ("--scheme", "int8", "--method", "rtn"), "quantization"),
+    ("calibrate", ("--samples", "2"), "calibration")])
+def test_two_processes_do_not_make_one_folder(vl2, tmp_path: Path, verb: str, options: tuple, what: str) -> None:
+    out, work = tmp_path / "out", tmp_path / "out.partial"
+    with work_folder(work, what):
+        code, _, talk = vl2(verb, TINY, *options, "--out", out)
+        assert code == 1 and f"another {what} writes to {work}" in talk and list(work.iterdir()) == []
+    code, _, talk = vl2(verb, TINY, *options, "--out", out)
+    assert code == 0 and [path.name for path in tmp_path.iterdir()] == ["out"], talk
 
 
 def test_the_quantized_checkpoint_stays_where_it_was_asked_to_and_gives_the_same_bundle(vl2, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.conftest import GOLDENS, MINI_CHECKPOINTS
 from vl2.config import load_config
 from vl2.errors import VL2Error
-from vl2.quant.budget import Item, Option, allocate, hull
+from vl2.quant.budget import Item, Option, allocate, hull, refuse_needless
 from vl2.quant.groups import decided_recipe, decision_groups, option_schemes
 from vl2.quant.linears import is_router
 from vl2.quant.recipe import assign_schemes
@@ -97,3 +97,13 @@ def test_what_the_user_decided_is_no_longer_open() -> None:
     options = {group.name: group.options for group in groups}
     assert options["vision"] == ("int8-channel",) and options["lm_head"] == ("keep",)
     assert options["embeddings"] == ("keep", "int8-channel")
+
+
+def test_a_budget_that_everything_fits_into_unquantized_is_refused_with_what_to_do() -> None:
+    open_items = [Item(name, (Option("keep", 2_000_000, 0.0), Option("int8", 1_000_000, 0.1))) for name in "ab"]
+    with pytest.raises(VL2Error, match=r"fits unquantized: 4\.500 MB \(4500000 bytes\).*budget is 4\.500 MB") as caught:
+        refuse_needless(open_items, 4_500_000, fixed_bytes=500_000)
+    assert "vl2 export --scheme fp16" in caught.value.hint
+    refuse_needless(open_items, 4_499_999, fixed_bytes=500_000)
+    decided = [Item("vision", (Option("int8-channel", 1_000_000, 0.1),)), *open_items]
+    refuse_needless(decided, 9_000_000)

@@ -221,3 +221,11 @@ def test_a_folder_that_is_no_quantized_checkpoint_is_never_replaced(goldens: Pat
     with pytest.raises(VL2Error, match="no quantized checkpoint"):
         quantize_checkpoint(goldens / "tiny-mini", out, QuantizeOptions(method="rtn", force=True))
     assert (out / "thesis.txt").exists() and not (tmp_path / "models.partial").exists()
+
+
+def test_a_recipe_that_quantizes_nothing_is_refused_before_any_work(goldens: Path, tmp_path: Path) -> None:
+    path = tmp_path / "none.json"
+    path.write_text(json.dumps({"name": "none", "rules": [{"modules": "*", "scheme": "keep"}]}))
+    with pytest.raises(VL2Error, match="`none` quantizes nothing") as caught:
+        Quantizer(goldens / "tiny-mini", tmp_path / "out", QuantizeOptions(recipe=str(path)))
+    assert "--scheme fp16" in caught.value.hint and [one.name for one in tmp_path.iterdir()] == ["none.json"]

@@ -82,3 +82,24 @@ def test_a_packed_tensor_that_config_json_does_not_know_is_named(quantized_of, g
 def test_the_processor_reads_a_quantized_folder(quantized_of, goldens: Path) -> None:
     folder = quantized_of(goldens / "tiny-mini", "int4")
     assert Processor.from_folder(folder).geometry == Processor.from_folder(goldens / "tiny-mini").geometry
+
+
+INT8 = INT4 | {"num_bits": 8, "strategy": "channel"}
+EXACT, PATTERN, CLASS = (["model.o_proj"], INT4 | {"group_size": 64}), (["re:.*proj"], INT4), (["Linear"], INT8)
+
+
+@pytest.mark.parametrize("order", [(CLASS, PATTERN, EXACT), (EXACT, CLASS, PATTERN), (PATTERN, EXACT, CLASS)])
+def test_the_most_specific_target_decides_in_whatever_order_the_groups_stand(order: tuple) -> None:
+    """compressed-tensors' `match_targets`: exact names, then patterns, then classes."""
+    groups = {f"group_{i}": {"targets": targets, "weights": weights} for i, (targets, weights) in enumerate(order)}
+    config = QuantizationConfig.from_dict(VALUES | {"config_groups": groups})
+    forms = [config.form_of(name) for name in ("model.o_proj", "model.q_proj", "model.lm_head")]
+    assert forms == [Form(4, 64), Form(4, 32), Form(8, None)]
+
+
+def test_of_two_patterns_the_first_by_its_text_decides_and_of_equal_targets_the_last_group() -> None:
+    """compressed-tensors sorts patterns, and keeps targets in a dict in which a later group replaces an earlier."""
+    groups = {"a": {"targets": ["re:b.*", "re:.*proj"], "weights": INT8}, "b": {"targets": ["re:.*proj"],
+                                                                              "weights": INT4}}
+    config = QuantizationConfig.from_dict(VALUES | {"config_groups": groups})
+    assert config.form_of("b.proj") == Form(4, 32) and config.form_of("b.rest") == Form(8, None)

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vl2.cli.sensitivity import BudgetJob, measure_checkpoint, measure_groups
+from vl2.errors import VL2Error
 from vl2.json_file import read_json, to_json
 
 if TYPE_CHECKING:
     from vl2.quant.budget import Allocation, Item
     from vl2.quant.groups import Group
 
-_FOUND_NAME = "sensitivity.json"
+_FOUND_NAME, _JOB_NAME = "sensitivity.json", "job.json"
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,20 @@ class BudgetPlan:
 def choose_recipe(job: BudgetJob, work: Path) -> tuple[Path, dict[str, Any]]:
     """A recipe file in the folder `work` and the account of how it was chosen, as quantization.json tells it.
 
-    Sensitivities that an interrupted run measured are taken from `work`. Raises VL2Error naming the smallest size where
-    nothing fits, before anything is measured.
+    Sensitivities that an interrupted run measured are taken from `work`. Raises VL2Error, before anything is measured,
+    naming the smallest size where nothing fits and the whole size where everything fits unquantized.
     """
     from vl2.quant.budget import allocate
     from vl2.quant.groups import decided_recipe, decision_groups
     from vl2.quant.recipe import assign_schemes
+    from vl2.quant.shard import write_text
     from vl2.quant.source import Source
 
     source = Source(job.checkpoint)
     groups = decision_groups(source.config, job.outer)
     sizes = option_sizes(job, groups)
-    allocate(_items(groups, sizes, {}), job.budget_bytes, sizes["fixed"])
+    _check_budget(job, _items(groups, sizes, {}), sizes["fixed"])
+    write_text(work / _JOB_NAME, json.dumps(_job_identity(job), indent=1))
     found = _sensitivities(job, work, groups)
     items = _items(groups, sizes, found["klds"])
     made = allocate(items, job.budget_bytes, sizes["fixed"])
@@ -93,16 +96,19 @@ def option_sizes(job: BudgetJob, groups: Sequence[Group]) -> dict[str, Any]:
 def quantize_within(job: BudgetJob, out: Path, work: Path, max_ram_bytes: int | None) -> dict[str, Any]:
     """Chooses the recipe, quantizes by it to `out`, measures what was lost; returns the account (`choose_recipe`).
 
-    work: a folder of this job's own, removed at the end; an interrupted job goes on from it.
+    work: a folder of this job's own, removed at the end; an interrupted job goes on from it. Raises VL2Error where it
+    holds another's (`is_begun`).
     """
     from vl2.cli.calibrated import quantize_as_asked
-    from vl2.folder_lock import locked_folder
+    from vl2.folder_lock import work_folder
     from vl2.quant.recipe import OuterParts
 
-    work.mkdir(exist_ok=True)
-    with locked_folder(work, "quantization to a budget"):
-        if not is_unmeasured(out):
-            recipe, facts = choose_recipe(job, work)
+    with work_folder(work, "quantization to a budget"):
+        goes_on = is_begun(job, work)
+        if not goes_on:
+            _discard(out, work)
+        recipe, facts = choose_recipe(job, work)
+        if not goes_on or not _is_made(out, facts):
             options = replace(job.options, recipe=str(recipe), outer=OuterParts(), budget=facts)
             quantize_as_asked(job.checkpoint, job.calibration, out, (options, max_ram_bytes))
         facts = add_measured(job, out)
@@ -110,13 +116,45 @@ def quantize_within(job: BudgetJob, out: Path, work: Path, max_ram_bytes: int | 
     return facts
 
 
-def plan_budget(job: BudgetJob) -> BudgetPlan:
-    """For --dry-run. Raises VL2Error when the budget is below the smallest size; measures nothing."""
-    from vl2.quant.budget import allocate
+def is_begun(job: BudgetJob, work: Path) -> bool:
+    """Whether `work` is what this very job left when it was interrupted.
 
+    Raises VL2Error where another job left it, unless this one is forced and begins anew.
+    """
+    path = work / _JOB_NAME
+    if not path.exists():
+        return False
+    if read_json(path) == _job_identity(job):
+        return True
+    if job.options.force:
+        return False
+    raise VL2Error(f"{work} was begun from another checkpoint, calibration set, budget or options",
+                   "repeat the command it was begun with; or begin anew: `vl2 quantize` with --force, or without "
+                   "this folder")
+
+
+def _discard(out: Path, work: Path) -> None:
+    """Removes what another job left here but for its sensitivities, which say themselves what they are of."""
+    from vl2.folder_lock import work_folder
+
+    if (work / _JOB_NAME).exists():
+        with work_folder(partial := out.with_name(f"{out.name}.partial"), "quantization"):
+            shutil.rmtree(partial)
+        (work / _JOB_NAME).unlink()
+
+
+def _is_made(out: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether `out` is the checkpoint of this account, measured or not."""
+    path = out / "quantization.json"
+    found = read_json(path).get("budget", {}) if path.is_file() else {}
+    return {**found, **json.loads(json.dumps(facts))} == found
+
+
+def plan_budget(job: BudgetJob) -> BudgetPlan:
+    """For --dry-run. Raises VL2Error as `choose_recipe` does; measures nothing."""
     groups = _groups_of(job)
     sizes = option_sizes(job, groups)
-    allocate(_items(groups, sizes, {}), job.budget_bytes, fixed := sizes.pop("fixed"))
+    _check_budget(job, _items(groups, sizes, {}), fixed := sizes.pop("fixed"))
     smallest, largest = (fixed + sum(pick(options.values()) for options in sizes.values()) for pick in (min, max))
     return BudgetPlan(job.budget_bytes, smallest, largest, sizes)
 
@@ -148,6 +186,14 @@ def format_size(count: int) -> str:
     return f"{count / 1e9:g}GB" if count >= 1e8 else f"{count / 1e6:g}MB"
 
 
+def _check_budget(job: BudgetJob, items: Sequence[Item], fixed_bytes: int) -> None:
+    """Raises VL2Error where no recipe fits the budget, and where none is needed."""
+    from vl2.quant.budget import allocate, refuse_needless
+
+    allocate(items, job.budget_bytes, fixed_bytes)
+    refuse_needless(items, job.budget_bytes, fixed_bytes)
+
+
 def _groups_of(job: BudgetJob) -> list[Group]:
     from vl2.quant.groups import decision_groups
     from vl2.quant.source import Source
@@ -177,6 +223,11 @@ def _identity(job: BudgetJob) -> dict[str, Any]:
     return json.loads(json.dumps({"source": Source(job.checkpoint).fingerprint(), "data": found.data.sha256,
                                   "method": job.options.method, "outer": dict(job.outer),
                                   "images": job.samples is not None}))
+
+
+def _job_identity(job: BudgetJob) -> dict[str, Any]:
+    """What the whole job depends on."""
+    return {**_identity(job), "budget": job.budget_bytes}
 
 
 def _sensitivities(job: BudgetJob, work: Path, groups: list[Group]) -> dict[str, Any]:

@@ -32,8 +32,7 @@ def command(checkpoint: str, data: Path | None, out: Path, max_ram: int | None, 
     from vl2.calib.coverage import format_table, plot_heatmap, read_coverage
     from vl2.cli.export import workstation_half
 
-    if out.exists():
-        raise VL2Error(f"{out} exists", "give another --out, or remove it")
+    _check_place(out)
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise click.UsageError(f"--plot ends in {plot.suffix!r}, expected .png, .svg or .pdf")
     folder = workstation_half().resolve_source(checkpoint)
@@ -62,20 +61,25 @@ def _calibrate(folder: Path, path: Path | None, out: Path, limits: tuple[Any, in
     )
     from vl2.cli.progress import WorkProgress
     from vl2.config import load_config
+    from vl2.folder_lock import work_folder
 
     options, max_ram = limits
     data = read_calibration_data(folder, path, options)
     tell_of_data(data)
     check_memory(load_config(folder).language_config, [sample.tokens for sample in data.samples], max_ram)
     work = out.with_name(f"{out.name}.partial")
-    with explained_disk_errors(work):
-        work.mkdir(parents=True, exist_ok=True)
-    with explained_disk_errors(work), WorkProgress() as progress:
+    with explained_disk_errors(work), work_folder(work, "calibration"), WorkProgress() as progress:
+        _check_place(out)  # another process may have made it since
         description = make_calibration_set(folder, data, work / "set", progress)
         cover(folder, work / "set", work / "stream", StreamOptions(max_ram_bytes=max_ram, report=progress))
-    (work / "set").replace(out)
-    shutil.rmtree(work)
+        (work / "set").replace(out)
+        shutil.rmtree(work)
     return description
+
+
+def _check_place(out: Path) -> None:
+    if out.exists():
+        raise VL2Error(f"{out} exists", "give another --out, or remove it")
 
 
 def _facts(out: Path, description: Any, has_experts: bool) -> dict[str, Any]:

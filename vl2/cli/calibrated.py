@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vl2.errors import VL2Error
+from vl2.folder_lock import work_folder
 
 if TYPE_CHECKING:
     from vl2.calib.calibration_set import CalibrationSet
@@ -88,7 +89,7 @@ def quantize_calibrated(job: CalibratedJob, progress: Progress | None = None) ->
     made = stream_layers(job.checkpoint, job.calibration, quantizer.stream_dir, quantizer.quantize_layer, job.stream)
     counted = next(quantizer.stream_dir.glob("counts_*.json"), None) is not None
     coverage = coverage_facts(read_coverage(quantizer.stream_dir)) if counted else None
-    return quantizer.finish(made.head_statistics, coverage)
+    return quantizer.finish(made.head_statistics, coverage, job.calibration)
 
 
 def calibration_facts(found: CalibrationSet, stream: StreamOptions) -> dict[str, Any]:
@@ -128,23 +129,30 @@ def tell_of_coverage(coverage: Mapping[str, Any] | None) -> None:
 
 
 def check_job(checkpoint: Path, options: QuantizeOptions, extent: Extent, max_ram_bytes: int | None) -> None:
-    """Raises VL2Error on a checkpoint that cannot be quantized and where the work needs more memory than the limit."""
+    """Raises VL2Error on a checkpoint that cannot be quantized, on a recipe that quantizes nothing, and where the work
+    needs more memory than the limit."""
     from vl2.cli.plans import check_memory
+    from vl2.quant.quantizer import quantizing_schemes, recipe_for
     from vl2.quant.source import Source
 
-    check_memory(Source(checkpoint).config, options, extent, max_ram_bytes)
+    config = Source(checkpoint).config
+    quantizing_schemes(recipe_for(options, config), config)
+    check_memory(config, options, extent, max_ram_bytes)
 
 
 def quantize_as_asked(
     checkpoint: Path, calibration: Path | None, out: Path, how: tuple[QuantizeOptions, int | None]
 ) -> Path:
-    """With the calibration set, or without one; how: the options and the limit of memory. Reports on stderr."""
+    """With the calibration set, or without one; how: the options and the limit of memory. Reports on stderr.
+
+    Raises VL2Error while another process quantizes to the same place.
+    """
     from vl2.calib.stream import StreamOptions
     from vl2.cli.progress import WorkProgress
     from vl2.quant.quantizer import quantize_checkpoint
 
     options, max_ram = how
-    with WorkProgress() as progress:
+    with work_folder(out.with_name(f"{out.name}.partial"), "quantization"), WorkProgress() as progress:
         if calibration is None:
             return quantize_checkpoint(checkpoint, out, options,
                                        lambda module, done, total: progress.tell(module, done / total))

@@ -117,6 +117,9 @@ def _room(source: Path, target: str, values: dict[str, Any]) -> int:
 def _check_usage(scheme: str | None, values: dict[str, Any], target: str | None) -> None:
     source = click.get_current_context().get_parameter_source
     sampling = [name for key, name in _OF_CALIBRATION.items() if source(key) is ParameterSource.COMMANDLINE]
+    if sampling and values["calib"] and _is_calibration_set(values["calib"]):
+        raise click.UsageError(f"{', '.join(sampling)}: {values['calib']} is a calibration set, which was sampled when "
+                               "it was made.")
     if values["budget"] is not None and target is not None:
         raise click.UsageError("--budget and --target exclude each other.")
     if values["budget"] is not None or target is not None:
@@ -129,6 +132,12 @@ def _check_usage(scheme: str | None, values: dict[str, Any], target: str | None)
         raise click.UsageError("--calib and --no-calib exclude each other.")
     if values["no_calib"] and sampling:
         raise click.UsageError(f"{', '.join(sampling)}: nothing is sampled with --no-calib.")
+
+
+def _is_calibration_set(calib: Path) -> bool:
+    from vl2.cli.calibrated import SET_MARK
+
+    return (calib / SET_MARK).is_file()
 
 
 def _check_budget(scheme: str | None, values: dict[str, Any]) -> None:

@@ -101,10 +101,10 @@ def _budget_job(places: tuple[Path, Path], budget: int, options: Any, outer: dic
 
 
 def _goes_on(job: Any, out: Path) -> bool:
-    """Whether only the measurement of a job to a budget is missing."""
-    from vl2.cli.budgeted import is_unmeasured
+    """Whether only the measurement of a job to a budget is missing. VL2Error where another job left it."""
+    from vl2.cli.budgeted import is_begun, is_unmeasured
 
-    return job is not None and out.with_name(f"{out.name}.budget").exists() and is_unmeasured(out)
+    return job is not None and is_unmeasured(out) and is_begun(job, out.with_name(f"{out.name}.budget"))
 
 
 def _plan_budget(job: Any) -> Any:

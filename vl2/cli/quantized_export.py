@@ -112,16 +112,25 @@ def export_quantized(job: QuantizedExport, out: Path, export_options: Any) -> Ma
     check_place(out, export_options.force)
     extent, data = _extent(job)
     check_job(job.source, job.options, extent, job.max_ram_bytes)
+    if job.budget is not None:
+        from vl2.cli.budgeted import plan_budget
+
+        plan_budget(_budget_job(job, data, job.calib, export_options))  # refused before the tower has run for an hour
     work = out.with_name(f"{out.name}.work")
     if job.keep is not None and not work.exists():
         _check_keep(job.keep.absolute())
     with explained_disk_errors(work):
         work.mkdir(exist_ok=True)
     with locked_folder(work, "quantized export"):
-        _begin(work, job.identity())
+        _begin(work, job.identity() | _bundle_identity(job, export_options))
         manifest = _make(job, data, (work, out), export_options)
         shutil.rmtree(work)
     return manifest
+
+
+def _bundle_identity(job: QuantizedExport, export_options: Any) -> dict[str, Any]:
+    """What the sizes in a bundle depend on, which choose the recipe of a budget."""
+    return {} if job.budget is None else {"lowering": export_options.lowering, "kv_cache": export_options.kv_cache}
 
 
 def _check_keep(keep: Path) -> None:
@@ -136,6 +145,7 @@ def _check_keep(keep: Path) -> None:
 def _make(job: QuantizedExport, data: CalibrationData | None, places: tuple[Path, Path], export_options: Any
           ) -> Manifest:
     """places: the work folder and the bundle's."""
+    from vl2.cli.budgeted import is_unmeasured, quantize_within
     from vl2.cli.progress import ByteProgress
     from vl2.export import export_checkpoint
 
@@ -143,14 +153,12 @@ def _make(job: QuantizedExport, data: CalibrationData | None, places: tuple[Path
     scheme = "budget" if job.budget is not None else Path(job.options.recipe).stem
     quantized = job.keep or work / f"{job.source.resolve().name}-{scheme}"
     with explained_disk_errors(work):
-        if not quantized.exists():
+        if not quantized.exists() or is_unmeasured(quantized):
             calibration = _calibrate(job, data, work / "calibration")
             click.echo("quantizing", err=True)
             if job.budget is None:
                 quantize_as_asked(job.source, calibration, quantized, (job.options, job.max_ram_bytes))
             else:
-                from vl2.cli.budgeted import quantize_within
-
                 within = _budget_job(job, data, calibration, export_options)
                 quantize_within(within, quantized, work / "budget", job.max_ram_bytes)
         click.echo("exporting" if not export_options.verify else "exporting and verifying", err=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vl2.data.llava_json import llava_sample
-from vl2.data.sample import BadRow, Ignored, Row, Sample, question_sample
+from vl2.data.sample import BadRow, Ignored, Row, Sample, fault_of_texts, question_sample
 
 _CONVERSATION = {"image", "images", "question", "answers", "answer", "conversations"}
 _READ = {"id", *_CONVERSATION}
@@ -35,6 +35,9 @@ def read_jsonl(path: Path) -> Iterator[Row]:
                 continue
             if not isinstance(record, dict):
                 yield BadRow(source, f"a JSON {type(record).__name__}, expected an object")
+                continue
+            if fault := fault_of_texts(record):
+                yield BadRow(source, fault)
                 continue
             yield from (Ignored(f"field {name!r}") for name in sorted(record.keys() - _READ - ignored))
             ignored |= record.keys()

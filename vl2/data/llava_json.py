@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from vl2.data.sample import BadRow, Ignored, Row, Sample
+from vl2.data.sample import BadRow, Ignored, Row, Sample, fault_of_texts
 from vl2.errors import VL2Error
 from vl2.prompt import Message
 
@@ -31,6 +31,9 @@ def read_llava(path: Path) -> Iterator[Row]:
         source = f"{path}:{line}"
         if not isinstance(record, dict):
             yield BadRow(source, f"a JSON {type(record).__name__}, expected an object")
+            continue
+        if fault := fault_of_texts(record):
+            yield BadRow(source, fault)
             continue
         yield from (Ignored(f"field {name!r}") for name in sorted(record.keys() - _READ - ignored))
         ignored |= record.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -73,6 +74,18 @@ class Ignored:
 
 
 Row = Sample | BadRow | Ignored
+
+
+def fault_of_texts(value: Any) -> str:
+    """Why the texts in a JSON value, keys included, are none: half a surrogate pair, which JSON may write as an escape
+    but no tokenizer and no file takes. Empty where nothing is wrong."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"a text holds half a surrogate pair (U+{ord(error.object[error.start]):04X}), which is no character"
+    except RecursionError:
+        return "its JSON is nested too deeply"
+    return ""
 
 
 def question_sample(

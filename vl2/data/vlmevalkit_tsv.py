@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from vl2.data.sample import BadRow, EncodedImage, Ignored, ImageSource, Row, question_sample
+from vl2.data.sample import BadRow, EncodedImage, Ignored, ImageSource, Row, fault_of_texts, question_sample
 from vl2.errors import VL2Error
 
 _IMAGES = {"image", "image_path"}
@@ -150,12 +150,17 @@ def _question(cells: dict[str, str]) -> str:
 
 
 def _items(cell: str) -> list[str]:
-    """The cell, or the items of a Python list literal."""
+    """The cell, or the items of a Python list literal, in which an escape may write what is no character."""
     if not cell.startswith("["):
         return [cell]
     try:
         items = ast.literal_eval(cell)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return [cell]
-    return [str(item) for item in items] if isinstance(items, list) and items else [cell]
+    if not isinstance(items, list) or not items:
+        return [cell]
+    texts = [str(item) for item in items]
+    if fault := fault_of_texts(texts):
+        raise _BadCell(fault)
+    return texts
 
