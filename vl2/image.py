@@ -110,7 +110,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.width < 1 or image.height < 1:
         raise VL2Error(f"{name}: size {image.width}x{image.height}, expected at least 1x1")
     image.load()
-    return image.convert("RGB")
+    # converting RGB to RGB would copy it
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def best_resolution(size: tuple[int, int], candidates: Sequence[tuple[int, int]]) -> tuple[int, int]:
