@@ -28,7 +28,7 @@ QUESTIONS = ("Read the text.", "What is the total?", "Locate the word Total.", "
 @contextmanager
 def server(bundle: Path, batch: int, threads: int):
     """URL and process id of a server of its own."""
-    command = [sys.executable, "-c", "from vl2.cli import main; main()", "serve", str(bundle), "--port", "0",
+    command = [str(Path(sys.executable).with_name("vl2")), "serve", str(bundle), "--port", "0",
                "--batch", str(batch), "--threads", str(threads), "--no-hash-check"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:

@@ -219,8 +219,8 @@ def soak(options: argparse.Namespace) -> tuple[Record, int | None]:
     plan, record = (cases(options.bundle), hostile()), Record()
     print(f"{len({case.first for case in plan[0]})} of {DOCUMENTS} answers differ from each other", file=sys.stderr)
     with tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False) as log:
-        server = subprocess.Popen([sys.executable, "-c", "from vl2.cli import main; main()", "serve", options.bundle,
-                                   *SERVER], stderr=log, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        command = [Path(sys.executable).with_name("vl2"), "serve", options.bundle, *SERVER]
+        server = subprocess.Popen(command, stderr=log, env={**os.environ, "PYTHONUNBUFFERED": "1"})
         while (found := re.search(r"serving \S+ at (\S+)", Path(log.name).read_text())) is None:
             time.sleep(0.2)
             assert server.poll() is None, Path(log.name).read_text()

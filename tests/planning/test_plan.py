@@ -152,7 +152,7 @@ def test_a_bundle_is_planned_for_what_runs_its_lowering(nano_bundle: Path, lower
         plan = make_plan(Situation(model, Demand(()), name, TARGETS[name]))
         assert list(plan.runs) == backends
     if refused is not None:
-        with pytest.raises(VL2Error, match=f"has the lowering `{lowering}`, which .* and {refused} runs"):
+        with pytest.raises(VL2Error, match=f"has the lowering `{lowering}`, which runs on .*, and {refused} has"):
             make_plan(Situation(model, Demand(()), refused, TARGETS[refused]))
 
 

@@ -31,8 +31,9 @@ def backends_of(model: PlannedModel, name: str, target: Target) -> tuple[str, ..
     wanted = _RUN_BY.get(model.storage.lowering, _RUN_BY_ONNXRUNTIME)
     found = tuple(backend for backend in target.backends if backend in wanted)
     if not found:
-        raise VL2Error(f"`{model.name}` has the lowering `{model.storage.lowering}`, which {' and '.join(wanted)} run, "
-                       f"and {name} runs {', '.join(target.backends)}", "export the checkpoint with another --lowering")
+        lowering = f"the lowering `{model.storage.lowering}`, which runs on {' and '.join(wanted)}"
+        raise VL2Error(f"`{model.name}` has {lowering}, and {name} has {', '.join(target.backends)}",
+                       "export the checkpoint with another --lowering")
     return found
 
 
