@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,18 @@ def beside_the_first(client: InMemory, backend: GatedSlots, body: dict[str, Any]
     wait_until(lambda: client.service.worker.waiting() == 1)
     backend.gate.set()
     return first, second
+
+
+def after_steps_of_others(backend: GatedSlots, work: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
+    """`work` that first waits for five more decoder runs, and how many there had been at each call."""
+    called_at: list[int] = []
+
+    def slow(*given: Any) -> Any:
+        called_at.append(len(backend.batches))
+        wait_until(lambda: len(backend.batches) >= called_at[-1] + 5)
+        return work(*given)
+
+    return slow, called_at
 
 
 def choice(response) -> dict[str, Any]:
@@ -137,16 +150,10 @@ def test_images_are_decoded_while_the_others_go_on(served, shared_bundle: Path, 
     model, backend = gated_slots(shared_bundle)
     client = served(model=model, batch=2)
     alone = choice(client.ask(BODIES[0]))
-    decode, at_decoding = images.decode, []
-
-    def slow(content: bytes):
-        at_decoding.append(len(backend.batches))
-        wait_until(lambda: len(backend.batches) >= at_decoding[0] + 5)
-        return decode(content)
-
+    slow, called_at = after_steps_of_others(backend, images.decode)
     monkeypatch.setattr(images, "decode", slow)
     first, second = beside_the_first(client, backend, BODIES[0])
-    assert choice(second.result()) == alone and at_decoding
+    assert choice(second.result()) == alone and called_at
     choice(first.result())
 
 
@@ -154,16 +161,10 @@ def test_a_constraint_is_read_while_the_others_go_on(served, shared_bundle: Path
     model, backend = gated_slots(shared_bundle)
     client = served(model=model, batch=2)
     alone = choice(client.ask(BODIES[3]))
-    at_reading = []
-
-    def slow(*given):
-        at_reading.append(len(backend.batches))
-        wait_until(lambda: len(backend.batches) >= at_reading[0] + 5)
-        return Matcher(*given)
-
+    slow, called_at = after_steps_of_others(backend, Matcher)
     monkeypatch.setattr(generate, "Matcher", slow)
     first, second = beside_the_first(client, backend, BODIES[3])
-    assert choice(second.result()) == alone and at_reading
+    assert choice(second.result()) == alone and called_at
     choice(first.result())
 
 
@@ -284,7 +285,8 @@ def test_the_end_of_the_server_ends_all_that_run_and_wait(served, shared_bundle:
     backend.shut_after = 6
     asking = [Asking(client, question("Why?", max_tokens=200)) for _ in range(4)]
     assert backend.reached.wait(PATIENCE)
-    wait_until(lambda: client.service.worker.waiting() == 2)
+    # One may run alone when the gate shuts, on a busy machine.
+    wait_until(lambda: client.service.worker.waiting() + client.service.worker.running() == len(asking))
     stopping = threading.Thread(target=client.service.worker.stop, args=(PATIENCE,))
     stopping.start()
     backend.gate.set()
