@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test test-page test-engines nano lint clean
+.PHONY: demo test test-page test-engines nano nano-shipped lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/vl2 demo
@@ -24,8 +24,13 @@ test-engines: $(VENV)/.installed
 	$(VENV)/bin/python -m vl2.plugins.cuda.pack
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/plugins/tensorrt tests/plugins/cuda/test_pack.py
 
-# vl2-nano from nothing, as it ships: about 4 hours on one core. Goes on where it was interrupted.
+# vl2-nano from nothing in two hours on two cores, 57 % of its held-out questions. Goes on where it was interrupted.
 nano: $(VENV)/.installed
+	$(VENV)/bin/python -m vl2.nano.train --out runs/nano --tower-steps 1482 --decoder-steps 2332 --easy-steps 100 \
+		--joint-rate 5e-4 --steps 4400 --decay-steps 2600
+
+# As it ships, 71 %: two longer runs, one upon the other, about 4 hours on one core.
+nano-shipped: $(VENV)/.installed
 	$(VENV)/bin/python -m vl2.nano.train --out runs/first
 	$(VENV)/bin/python -m vl2.nano.train --out runs/second --start runs/first --seed 1 \
 		--tower-steps 900 --easy-steps 0 --steps 4000 --decay-steps 1700

@@ -55,7 +55,7 @@ class Plan:
     """What is trained and for how long; steps are batches (CROP_PLAN says how many pages each has).
 
     One run took these values (`dense_every` 3 before step 2200), and the shipped weights are those of a second one that
-    went on from it: `make nano` has both commands, docs/results.md what they reached.
+    went on from it: the Makefile has the commands, docs/results.md what they reached.
     """
 
     variant: str = "mha"
