@@ -59,13 +59,14 @@ def bundles(work: Path, checkpoint: Path) -> list[Peer]:
 
 
 def gguf_files(work: Path, checkpoint: Path, python: str) -> list[Peer]:
-    """Q4_K_M is made by llama.cpp itself from the float16 file."""
+    """Q4_K_M is made by llama.cpp itself of the Q8_0 file: how codes were found does not matter here."""
     peers = []
-    for kind in ("Q4_0", "Q8_0"):
+    for kind in ("Q4_0", "Q8_0", "Q4_K_M"):
         out = work / f"tiny-{kind}.gguf"
         if not out.exists():
             script = Path(__file__).with_name("gguf_file.py")
-            subprocess.run([python, script, checkpoint, out, "--type", kind], check=True, stdout=sys.stderr)
+            source = work / "tiny-Q8_0.gguf" if kind == "Q4_K_M" else checkpoint
+            subprocess.run([python, script, source, out, "--type", kind], check=True, stdout=sys.stderr)
         peers.append(Peer(f"llama.cpp {kind}", "llama", out, python))
     return peers
 

@@ -1,9 +1,11 @@
 """A GGUF file of a checkpoint's language model (plain attention: Tiny), so that llama.cpp runs the same weights.
 
     python benchmarks/gguf_file.py CHECKPOINT OUT.gguf --type Q4_0|Q8_0|F16
+    python benchmarks/gguf_file.py Q8_0.gguf OUT.gguf --type Q4_K_M
 
 llama.cpp's architecture `deepseek` is the family's without latent attention. It rotates neighbouring pairs where the
-checkpoint rotates halves, so that rows of queries and keys are reordered. Needs the package `gguf`.
+checkpoint rotates halves, so that rows of queries and keys are reordered. Needs the package `gguf`; the k-quants, which
+it does not write, llama.cpp makes itself of another file (`llama-cpp-python`).
 """
 
 from __future__ import annotations
@@ -90,6 +92,16 @@ def write_gguf(folder: Path, out: Path, kind: str) -> None:
     writer.close()
 
 
+def requantize(source: Path, out: Path) -> None:
+    """llama.cpp's own mixture Q4_K_M; columns that 256 does not divide become other kinds there."""
+    import llama_cpp as lib
+
+    settings = lib.llama_model_quantize_default_params()
+    settings.ftype, settings.allow_requantize = lib.LLAMA_FTYPE_MOSTLY_Q4_K_M, True
+    refused = lib.llama_model_quantize(str(source).encode(), str(out).encode(), settings)
+    assert not refused, f"llama.cpp does not quantize {source}: {refused}"
+
+
 def _describe(writer: gguf.GGUFWriter, config: LanguageConfig) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -112,11 +124,14 @@ def _describe(writer: gguf.GGUFWriter, config: LanguageConfig) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("source", type=Path, help="a checkpoint; for Q4_K_M a GGUF file")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--type", dest="kind", choices=TYPES, default="Q4_0")
+    parser.add_argument("--type", dest="kind", choices=(*TYPES, "Q4_K_M"), default="Q4_0")
     options = parser.parse_args()
-    write_gguf(options.checkpoint, options.out, options.kind)
+    if options.kind in TYPES:
+        write_gguf(options.source, options.out, options.kind)
+    else:
+        requantize(options.source, options.out)
     print(f"{options.out}: {np.round(options.out.stat().st_size / 1e9, 3)} GB")
 
 
