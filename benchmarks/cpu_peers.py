@@ -1,10 +1,11 @@
 """The full-size decoder on a CPU beside its peers: `python benchmarks/cpu_peers.py --work DIR [--llama-python PYTHON]`.
 
 Makes a random checkpoint of Tiny's published size once (6.7 GB; its residual outputs are small, so that tokens stay
-apart and routers spread them over the experts), from it INT4 and INT8 bundles of the lowerings `cpu` and `ort`, and
-GGUF files for llama.cpp (`pip install llama-cpp-python gguf`, in any environment: --llama-python). Every round runs
-every peer once, in a process of its own (benchmarks/peer_probes.py); medians over the rounds. Prints the bandwidth of
-reading memory in the same rounds, the table, and one JSON line.
+apart and routers spread them over the experts), from it INT4 and INT8 bundles (`FORMS`), and GGUF files for llama.cpp
+(`pip install llama-cpp-python gguf`, in any environment: --llama-python; where it crashes in its AMX product, build it
+with CMAKE_ARGS="-DCMAKE_C_FLAGS=-mno-amx-tile -DCMAKE_CXX_FLAGS=-mno-amx-tile"). Every round runs every peer once, in a
+process of its own (benchmarks/peer_probes.py); medians over the rounds. Prints the bandwidth of reading memory in the
+same rounds, the table, and one JSON line.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ class Peer:
     python: str
 
 
+# How a bundle is exported, by what the table calls it; the last computes as llama.cpp does.
+FORMS = {"cpu": ("--lowering", "cpu"), "ort": ("--lowering", "ort"),
+         "cpu fast, fp16 cache": ("--lowering", "cpu", "--mode", "fast", "--kv-cache", "fp16")}
+
+
 def vl2(*arguments: object) -> None:
     code = "import sys; from vl2.cli import main; sys.exit(main())"
     subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True, stdout=sys.stderr)
@@ -50,11 +56,11 @@ def bundles(work: Path, checkpoint: Path) -> list[Peer]:
         if not quantized.exists():
             vl2("quantize", checkpoint, "--scheme", scheme, "--head", "int8", "--method", "rtn",
                 "--out", quantized)
-        for lowering in ("cpu", "ort"):
-            out = work / f"tiny-{scheme}-{lowering}.bundle"
+        for form, options in FORMS.items():
+            out = work / f"tiny-{scheme}-{form.replace(', ', '-').replace(' ', '-')}.bundle"
             if not out.exists():
-                vl2("export", quantized, "--lowering", lowering, "--no-verify", "--out", out)
-            peers.append(Peer(f"vl2 {scheme}, {lowering}", "bundle", out, sys.executable))
+                vl2("export", quantized, *options, "--no-verify", "--out", out)
+            peers.append(Peer(f"vl2 {scheme}, {form}", "bundle", out, sys.executable))
     return peers
 
 
@@ -90,9 +96,9 @@ def table(readings: dict[str, list[dict]], bandwidth: float) -> list[dict]:
                      "load_seconds": middle["load_seconds"], "peak_rss_bytes": middle["peak_rss_bytes"],
                      "likeliest": found[0]["likeliest"]})
     print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s (median)\n"
-          f"{'peer':24}{'decode tok/s':>13}{'best':>8}{'prefill tok/s':>15}{'load s':>8}{'peak RSS GB':>13}")
+          f"{'peer':32}{'decode tok/s':>13}{'best':>8}{'prefill tok/s':>15}{'load s':>8}{'peak RSS GB':>13}")
     for row in rows:
-        print(f"{row['peer']:24}{row['decode_tokens_per_second']:13.1f}{row['best_decode_tokens_per_second']:8.1f}"
+        print(f"{row['peer']:32}{row['decode_tokens_per_second']:13.1f}{row['best_decode_tokens_per_second']:8.1f}"
               f"{row['prefill_tokens_per_second']:15.1f}{row['load_seconds']:8.2f}{row['peak_rss_bytes'] / 1e9:13.2f}")
     return rows
 

@@ -35,6 +35,7 @@ def measured(load_seconds: float, ids: np.ndarray, start: Callable[[], None],
         begun = time.perf_counter()
         logits = step(ids[:PREFILL])
         seconds.append(time.perf_counter() - begun)
+    likeliest = int(logits.argmax())  # now: llama.cpp's logits are a view that the next step overwrites
     steps = []
     for token in ids[PREFILL:]:
         begun = time.perf_counter()
@@ -42,7 +43,7 @@ def measured(load_seconds: float, ids: np.ndarray, start: Callable[[], None],
         steps.append(time.perf_counter() - begun)
     status = Path("/proc/self/status").read_text()
     return {"load_seconds": load_seconds, "prefill_seconds": seconds[1], "first_prefill_seconds": seconds[0],
-            "decode_seconds": statistics.median(steps), "likeliest": int(logits.argmax()),
+            "decode_seconds": statistics.median(steps), "likeliest": likeliest,
             "peak_rss_bytes": int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024}
 
 
