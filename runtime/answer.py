@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -90,23 +91,29 @@ class AnswerStream(Iterator[str]):
     def __init__(self, pieces: Pieces, progress: Progress):
         self._pieces, self._progress = pieces, progress
         self._answer: Answer | None = None
+        self._working = threading.Lock()  # held while a step is computed too, whose caches nobody else may be given
 
     def __next__(self) -> str:
-        found = self.resume()
-        while not isinstance(found, str):
-            try:
-                logits = found.run()
-            except BaseException as error:  # the answer's own end, such as handing its context back
-                found = self.resume(error)
-            else:
-                found = self.resume(logits)
-        return found
+        with self._working:
+            found = self._advance()
+            while not isinstance(found, str):
+                try:
+                    logits = found.run()
+                except BaseException as error:  # the answer's own end, such as handing its context back
+                    found = self._advance(error)
+                else:
+                    found = self._advance(logits)
+            return found
 
     def resume(self, given: np.ndarray | BaseException | None = None) -> str | Step:
         """The next piece, or a step of which the logits float32 [V], or why there are none, are to be given next.
 
         For who takes steps of several answers together (`engine.run_steps`).
         """
+        with self._working:
+            return self._advance(given)
+
+    def _advance(self, given: np.ndarray | BaseException | None = None) -> str | Step:
         try:
             return self._pieces.throw(given) if isinstance(given, BaseException) else self._pieces.send(given)
         except StopIteration as end:
@@ -157,7 +164,8 @@ class AnswerStream(Iterator[str]):
         the iterating thread then gets Cancelled.
         """
         self._progress.cancelled = True
-        try:
-            self._pieces.close()
-        except ValueError:
-            pass  # "generator already executing": the flag ends it
+        if self._working.acquire(blocking=False):  # else the flag ends it
+            try:
+                self._pieces.close()
+            finally:
+                self._working.release()

@@ -26,8 +26,9 @@ EXPORTING = ("test_budget.py", "test_convert_verb.py", "test_quantization_verbs.
 LONGEST = ("test_readme.py", "test_packaging.py", "test_calibrated.py")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first; tests of a file on one worker."""
+    """The longest first; tests of a file on one worker. Before xdist's own hook, which reads the groups."""
     items.sort(key=lambda item: (not _exports(item.path), item.path.name not in LONGEST))
     for item in items:
         item.add_marker(pytest.mark.xdist_group("exports" if _exports(item.path) else str(item.path)))

@@ -80,6 +80,36 @@ def test_closing_from_another_thread_ends_an_answer_in_the_making(numpy_model: M
         _ = stream.answer
 
 
+def test_a_context_is_not_given_back_while_a_step_writes_its_caches(numpy_model: Model, monkeypatch) -> None:
+    """Closed from another thread in the middle of a decode step: the flag ends the answer behind it."""
+    backend, run = numpy_model.engine.backend, numpy_model.engine.backend.run
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def held(graph: str, feeds: dict, results: dict) -> None:
+        if graph == "decoder" and feeds["inputs_embeds"].shape[1] == 1:
+            begun.set()
+            assert goes_on.wait(30)
+        run(graph, feeds, results)
+
+    monkeypatch.setattr(backend, "run", held)
+    stream, caught = numpy_model.complete(QUESTION, LONG), []
+
+    def take() -> None:
+        try:
+            stream.read()
+        except VL2Error as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    assert begun.wait(30)
+    stream.close()
+    assert len(numpy_model._contexts._busy) == 1
+    goes_on.set()
+    thread.join(30)
+    assert isinstance(caught[0], Cancelled) and not numpy_model._contexts._busy
+
+
 def test_an_answer_in_circles_is_ended_and_says_what_repeats(numpy_model: Model, monkeypatch) -> None:
     ids = numpy_model.engine.processor.tokenizer.encode("boats near ", add_special_tokens=False).ids
     position = iter(range(10_000))
