@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -26,12 +27,22 @@ EXPORTING = ("test_budget.py", "test_convert_verb.py", "test_quantization_verbs.
 LONGEST = ("test_readme.py", "test_packaging.py", "test_calibrated.py")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first; tests of a file on one worker. Before xdist's own hook, which reads the groups."""
+    """The longest first."""
     items.sort(key=lambda item: (not _exports(item.path), item.path.name not in LONGEST))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("exports" if _exports(item.path) else str(item.path)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of a file on one worker, and all that export on one. xdist's own groups (3.8) are lost in pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = Path(nodeid.partition("::")[0])
+            return "exports" if _exports(path) else str(path)
+
+    return Files(config, log)
 
 
 def _exports(path: Path) -> bool:
