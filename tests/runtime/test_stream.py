@@ -13,7 +13,7 @@ from tests.tolerances import LOGPROB
 from vl2.errors import VL2Error
 from vl2.prompt import Message
 from vl2.runtime import GenerationOptions, Model
-from vl2.runtime.answer import Cancelled
+from vl2.runtime.answer import AnswerStream, Cancelled
 
 LONG = GenerationOptions(max_new_tokens=200, ignore_eos=True, top_logprobs=1)
 QUESTION = [Message("user", "<image>\nWhat is shown on this page, and where?", [Image.effect_noise((60, 40), 90)])]
@@ -48,6 +48,21 @@ def test_a_stream_that_is_dropped_gives_its_context_back(numpy_model: Model) -> 
     assert not numpy_model._contexts._busy
 
 
+def reading(stream: AnswerStream) -> tuple[threading.Thread, list[VL2Error]]:
+    """A thread that reads the stream to its end, and the error that it met."""
+    caught = []
+
+    def take() -> None:
+        try:
+            stream.read()
+        except VL2Error as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    return thread, caught
+
+
 @pytest.mark.parametrize("chunk", [512, 1], ids=["while decoding", "in the prefill"])
 def test_closing_from_another_thread_ends_an_answer_in_the_making(numpy_model: Model, monkeypatch, chunk: int) -> None:
     options = GenerationOptions(max_new_tokens=400, ignore_eos=True, prefill_chunk=chunk)
@@ -59,16 +74,7 @@ def test_closing_from_another_thread_ends_an_answer_in_the_making(numpy_model: M
 
     monkeypatch.setattr(backend, "run", slow)
     stream = numpy_model.complete(QUESTION, options)
-    caught = []
-
-    def take() -> None:
-        try:
-            stream.read()
-        except VL2Error as error:
-            caught.append(error)
-
-    thread = threading.Thread(target=take)
-    thread.start()
+    thread, caught = reading(stream)
     time.sleep(0.1)
     while not caught and thread.is_alive():
         stream.close()
@@ -92,16 +98,8 @@ def test_a_context_is_not_given_back_while_a_step_writes_its_caches(numpy_model:
         run(graph, feeds, results)
 
     monkeypatch.setattr(backend, "run", held)
-    stream, caught = numpy_model.complete(QUESTION, LONG), []
-
-    def take() -> None:
-        try:
-            stream.read()
-        except VL2Error as error:
-            caught.append(error)
-
-    thread = threading.Thread(target=take)
-    thread.start()
+    stream = numpy_model.complete(QUESTION, LONG)
+    thread, caught = reading(stream)
     assert begun.wait(30)
     stream.close()
     assert len(numpy_model._contexts._busy) == 1
