@@ -12,7 +12,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import onnx_ir as ir
@@ -55,7 +55,7 @@ def trace(
     """The ONNX model of a module on the meta device; initializers named as its parameters, without data."""
     substitute(module, substitutes)
     arguments = tuple(_sample(port) for port in inputs)
-    with _quiet(), _uninterrupted(), _translations_kept(), torch.no_grad():
+    with _quiet(), _uninterrupted(), _uncached(), _translations_kept(), torch.no_grad():
         program = torch.export.export(module.eval(), arguments, dynamic_shapes=_dynamic(module, inputs), strict=False)
         translated = torch.onnx.export(
             program,
@@ -115,6 +115,13 @@ def _uninterrupted() -> Iterator[None]:
     finally:
         if running:
             gc.enable()
+
+
+def _uncached() -> AbstractContextManager:
+    """Finding shapes anew takes less than torch's cache of them, by a tenth of a trace, where most are symbolic."""
+    settings = torch._dynamo.config
+    known = hasattr(settings, "fake_tensor_cache_enabled")
+    return settings.patch(fake_tensor_cache_enabled=False) if known else nullcontext()
 
 
 @contextmanager

@@ -188,15 +188,16 @@ quantize_calibrated(CalibratedJob(checkpoint, calibration, out, QuantizeOptions(
 """
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_killed_job_goes_on_and_gives_the_same_bytes(quantized, tmp_path: Path, moment: str) -> None:
+def test_a_job_that_is_killed_twice_goes_on_and_gives_the_same_bytes(quantized, tmp_path: Path) -> None:
+    """Before a part was quantized, and, gone on, after it."""
     checkpoint = GOLDENS / "small-mini"
     calibration, whole = quantized(checkpoint, "awq+gptq")
     out = tmp_path / "out"
-    arguments = [str(part) for part in (checkpoint, calibration, out, moment, 2, "mlp")]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not out.exists()
+    for moment in ("before", "after"):
+        arguments = [str(part) for part in (checkpoint, calibration, out, moment, 2, "mlp")]
+        killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert not out.exists()
     quantize_calibrated(job(checkpoint, calibration, out, "awq+gptq"))
     assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
     for path in whole.iterdir():
