@@ -172,7 +172,7 @@ def asking(url: str, request: bytes) -> socket.socket:
 
 @pytest.mark.parametrize("requests", [1, 100], ids=["one answer", "pipelined"])
 def test_who_does_not_read_keeps_no_connection(shared_bundle: Path, large_page, requests: int) -> None:
-    limits = {"connections": 4, "stall_seconds": 0.3}
+    limits = {"connections": 4, "stall_seconds": 3}
     with on_a_port(numpy_model_of(shared_bundle), with_limits(limits, {})) as (url, _):
         held = [asking(url, ASK_LARGE * requests) for _ in range(3)]
         wait_until(lambda: httpx.get(f"{url}/health", timeout=PATIENCE).status_code == 503)
