@@ -29,6 +29,8 @@ _BACKLOG = 128
 _SILENT_SECONDS = 15
 # Of the request line and headers; longer ones are answered 400 by uvicorn.
 _HEADER_BYTES = 16384
+# What the system may hold unsent of a connection. By default megabytes, whose reading by a slow client would not show.
+_UNSENT_BYTES = 65536
 
 
 def listen(host: str, port: int, tokens: tuple[str, ...]) -> socket.socket:
@@ -105,6 +107,8 @@ class _Protocol(H11Protocol):
         super().connection_made(transport)
         # Any byte that is not taken counts as writing that pauses, also the last ones of an answer.
         transport.set_write_buffer_limits(high=0)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         self._watch()
 
     def pause_writing(self) -> None:
