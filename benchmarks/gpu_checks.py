@@ -161,6 +161,17 @@ def onnxruntime_cuda(run: Run) -> dict:
     return found | {"report": str(out)}
 
 
+def training(run: Run) -> dict:
+    """vl2-nano from nothing in seven minutes, and what it answers; the checkpoint stays in the folder."""
+    out = run.folder / "nano-run"
+    run.command(sys.executable, "-m", "vl2.nano.train", "--device", "cuda", "--out", out, "--minutes", "7",
+                "--batch-scale", "4", "--workers", str(max(1, (os.cpu_count() or 2) - 4)), "--tower-steps", "500",
+                "--easy-steps", "120", "--dense-every", "3")
+    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    scores = _json(run.command(sys.executable, "-m", "vl2.nano.evaluate", out / "checkpoint", "--data", HELD_OUT))
+    return {"pages": last["pages"], "pages_per_second": last["pages_per_second"], "scores": scores}
+
+
 def _module(name: str, how: str) -> Callable[[], str]:
     return lambda: "" if importlib.util.find_spec(name) else f"{name} is not installed ({how})"
 
@@ -218,6 +229,7 @@ CHECKS: dict[Callable[[Run], dict], Sequence[Callable[[], str]]] = {
     engine_answers: (_driver, _compiler, _RTX),
     engine_rate: (_driver, _compiler, _RTX),
     onnxruntime_cuda: (_cuda_provider,),
+    training: (_torch_cuda,),
 }
 
 

@@ -51,7 +51,7 @@ def training_values(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[st
 
 def read_state(run: Path) -> tuple[dict, dict[str, Tensor]]:
     """A run's state.pt and its averaged parameters by name, float32."""
-    state = torch.load(run / "state.pt", weights_only=True)
+    state = torch.load(run / "state.pt", weights_only=True, map_location="cpu")
     shape = Shape.from_config(config_dict(state["plan"]["variant"]))
     shapes = {**parameter_shapes(shape), **auxiliary_shapes(shape)}
     flat = FlatParameters({name: torch.zeros(size) for name, size in shapes.items()})

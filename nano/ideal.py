@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vl2.nano.batches import Batch
 from vl2.nano.labels import BLANK, CLASSES, SLOTS
+from vl2.nano.parameters import placed
 
 GLYPH_SIZE, BOX_SIZE = 0.6, 0.5  # standard deviations of the vectors; a decoder's other embeddings have one
 
@@ -23,8 +24,9 @@ GLYPH_SIZE, BOX_SIZE = 0.6, 0.5  # standard deviations of the vectors; a decoder
 def _vectors(hidden: int) -> tuple[Tensor, Tensor]:
     """float32 [SLOTS · CLASSES, hidden] of a glyph at its place in the token, [hidden, 5] of the first word's box."""
     generator = torch.Generator().manual_seed(0)
-    glyphs = torch.randn(SLOTS * CLASSES, hidden, generator=generator) * GLYPH_SIZE
-    return glyphs, torch.randn(hidden, 5, generator=generator) * BOX_SIZE
+    glyphs = torch.randn(SLOTS * CLASSES, hidden, generator=generator, device="cpu") * GLYPH_SIZE
+    corners = torch.randn(hidden, 5, generator=generator, device="cpu") * BOX_SIZE
+    return glyphs.to(torch.get_default_device()), corners.to(torch.get_default_device())
 
 
 def ideal_tokens(slots: np.ndarray, boxes: np.ndarray, hidden: int) -> Tensor:
@@ -34,9 +36,9 @@ def ideal_tokens(slots: np.ndarray, boxes: np.ndarray, hidden: int) -> Tensor:
     """
     glyphs, corners = _vectors(hidden)
     place = torch.arange(SLOTS)
-    classes = torch.from_numpy(slots).long()
+    classes = placed(slots).long()
     present = (classes != BLANK) | (place == 0)
-    box = torch.from_numpy(boxes).float()
+    box = placed(boxes).float()
     known = ~box[..., :1].isnan()
     told = F.linear(torch.cat([box.nan_to_num(0.0), known.float()], -1), corners)
     return (F.embedding(classes + place * CLASSES, glyphs) * present.unsqueeze(-1)).sum(-2) + told

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +13,7 @@ from vl2.nano.geometry import CELLS
 from vl2.nano.ideal import ideal_distance, ideal_views
 from vl2.nano.labels import BLANK, CLASSES, SLOTS
 from vl2.nano.network import Shape, SideLosses, Weights, assemble, decoder, project, tower
+from vl2.nano.parameters import placed
 
 BALANCE_WEIGHT = 0.01
 POINTING_WEIGHT = 1.0
@@ -61,12 +61,12 @@ def tower_loss(w: Weights, tokens: Tensor, features: Tensor, batch: Batch) -> tu
     weight[BLANK] = BLANK_WEIGHT
     total, parts = 0.0, {}
     for name, x in (("patches", tokens), ("slots", features)):
-        target = torch.from_numpy(getattr(batch, name)).long().flatten()
+        target = placed(getattr(batch, name)).long().flatten()
         logits = F.linear(x, w[f"auxiliary.{name}.weight"], w[f"auxiliary.{name}.bias"]).float().view(-1, CLASSES)
         total = total + F.cross_entropy(logits, target, weight=weight)
         inked = target != BLANK
         parts[name] = (logits.detach().argmax(-1) == target)[inked].float().mean().item()
-    boxes = torch.from_numpy(batch.boxes).float().flatten(0, -2)
+    boxes = placed(batch.boxes).float().flatten(0, -2)
     known = ~boxes[:, 0].isnan()
     guess = F.linear(features.flatten(0, -2), w["auxiliary.boxes.weight"], w["auxiliary.boxes.bias"]).float()
     distance = (guess[known] - boxes[known]).abs().mean()
@@ -92,7 +92,7 @@ def batch_loss(w: Weights, shape: Shape, batch: Batch, aims: Aims) -> Outcome:
         batch_tiles = batch.tiles[:, 1:]
     else:
         batch_tiles = batch.tiles
-    tokens = tower(w, shape, torch.from_numpy(np.ascontiguousarray(batch_tiles)).flatten(0, 1))
+    tokens = tower(w, shape, placed(batch_tiles).flatten(0, 1))
     features = project(w, tokens)
     tokens = tokens.unflatten(0, (pages, -1))
     features = features.unflatten(0, (pages, -1))
@@ -119,16 +119,16 @@ def _language_parts(answers: Tensor, side: SideLosses) -> dict[str, float]:
 
 
 def _answer_loss(w: Weights, shape: Shape, batch: Batch, image: Tensor):
-    before, text = torch.from_numpy(batch.before), torch.from_numpy(batch.text)
+    before, text = placed(batch.before), placed(batch.text)
     table = w["language.model.embed_tokens.weight"]
     x = torch.cat([F.embedding(before, table), image, F.embedding(text, table)], 1)
-    pointer = torch.from_numpy(batch.pointer)
+    pointer = placed(batch.pointer)
     # The state before a token predicts it, so pointers move one place to the left.
     side = SideLosses(pointer=torch.cat([pointer[:, 1:], pointer.new_full((len(pointer), 1), -1)], 1),
-                      subject=torch.from_numpy(batch.subject), places=torch.from_numpy(batch.places).float(),
+                      subject=placed(batch.subject), places=placed(batch.places).float(),
                       places_start=LOCAL_START)
     hidden = decoder(w, shape, x, side, text.shape[1] + 1)
-    question = torch.from_numpy(batch.question).long()
+    question = placed(batch.question).long()
     asked = question >= 0
     states = hidden[:, :-1][asked]
     logits = F.linear(states, w["language.lm_head.weight"]).float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,7 +91,7 @@ def _attention_shapes(s: dict) -> dict[str, tuple[int, ...]]:
 
 
 def initial_values(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
-    """float32 tensors: norms one, biases zero, matrices N(0, 1/inputs) with residual outputs at a third of that.
+    """float32 tensors in the host's memory: norms one, biases zero, matrices N(0, 1/inputs), residual outputs a third.
 
     The tower begins with attention to neighbours, which a ViT otherwise takes long to find: positions are sines and
     cosines, and each block's keys start equal to its queries (mimetic initialization, arXiv:2305.09828).
@@ -99,13 +100,13 @@ def initial_values(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, T
     values = {}
     for name, size in shapes.items():
         if name.endswith(".bias"):
-            values[name] = torch.zeros(size)
+            values[name] = torch.zeros(size, device="cpu")
         elif "norm" in name:
-            values[name] = torch.ones(size)
+            values[name] = torch.ones(size, device="cpu")
         elif name == "vision.pos_embed":
             values[name] = _sine_positions(size)
         else:
-            values[name] = torch.randn(size, generator=generator) * _deviation(name, size)
+            values[name] = torch.randn(size, generator=generator, device="cpu") * _deviation(name, size)
         if name.endswith("attn.qkv.weight"):
             queries, keys, _ = values[name].chunk(3)
             keys.copy_(queries)
@@ -115,8 +116,8 @@ def initial_values(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, T
 def _sine_positions(size: tuple[int, ...]) -> Tensor:
     """[1, side², width]: a quarter of the channels each for sine and cosine of row and column, wavelengths 6 to 250."""
     side = math.isqrt(size[1])
-    rates = 40.0 ** -torch.linspace(0, 1, size[2] // 4)
-    angles = torch.outer(torch.arange(side).float(), rates)
+    rates = 40.0 ** -torch.linspace(0, 1, size[2] // 4, device="cpu")
+    angles = torch.outer(torch.arange(side, device="cpu").float(), rates)
     waves = torch.cat([angles.sin(), angles.cos()], 1)
     rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
     return torch.cat([rows, columns], -1).reshape(size)
@@ -132,6 +133,11 @@ def _deviation(name: str, size: tuple[int, ...]) -> float:
     return (0.3 if residual else 0.2 if "lm_head" in name else 1.0) * inputs**-0.5
 
 
+def placed(array: np.ndarray) -> Tensor:
+    """The array as a tensor on the device on which a run trains (torch's default device)."""
+    return torch.from_numpy(np.ascontiguousarray(array)).to(torch.get_default_device())
+
+
 class FlatParameters:
     """All tensors as views of one float32 master vector, and of a bf16 working copy that autograd sees.
 
@@ -140,7 +146,8 @@ class FlatParameters:
 
     def __init__(self, values: dict[str, Tensor], dtype: torch.dtype = torch.bfloat16):
         self.sizes = {name: value.shape for name, value in values.items()}
-        self.master = torch.cat([value.flatten().float() for value in values.values()])
+        whole = torch.cat([value.flatten().float() for value in values.values()])
+        self.master = whole.to(torch.get_default_device())
         self.working = self.master.to(dtype).share_memory_()
         self.grad = torch.zeros_like(self.working)
         self.weights: dict[str, Tensor] = {}

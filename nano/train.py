@@ -47,12 +47,13 @@ ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "
              "MALLOC_ARENA_MAX": "1"}
 
 
+TIMED_STEPS = 100  # of joint training, from which `minutes` tells how many more there is time for
 AVERAGING = 0.997  # of the weights over steps; the average is what is shipped
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained and for how long; steps are batches (CROP_PLAN says how many pages each has).
+    """What is trained and for how long; steps are batches (CROP_PLAN says how many pages each has, times batch_scale).
 
     One run took these values (`dense_every` 3 before step 2200), and the shipped weights are those of a second one that
     went on from it: the Makefile has the commands, docs/results.md what they reached.
@@ -71,6 +72,7 @@ class Plan:
     dense_every: int = 2
     weight_decay: float = 0.02
     seed: int = 0
+    batch_scale: int = 1
 
     def rate(self, step: int) -> float:
         """Learning rate: linear warm-up at the start of each stage, constant, linear decay to 2 % at the end."""
@@ -89,15 +91,37 @@ class Plan:
 def schedule(plan: Plan, index: int) -> tuple[dict, dict]:
     """(kinds of documents, crops) of batch `index`: joint training begins with easy pages of one tile."""
     if index < plan.tower_steps:
-        return TOWER_MIX, TOWER_CROPS
-    if plan.tower_steps <= index < plan.tower_steps + plan.easy_steps:
-        return EASY_MIX, {(1, 1): CROP_PLAN[(1, 1)]}
-    return FULL_MIX, CROP_PLAN
+        mix, crops = TOWER_MIX, TOWER_CROPS
+    elif index < plan.tower_steps + plan.easy_steps:
+        mix, crops = EASY_MIX, {(1, 1): CROP_PLAN[(1, 1)]}
+    else:
+        mix, crops = FULL_MIX, CROP_PLAN
+    return mix, _scaled(crops, plan.batch_scale)
 
 
-def dense_schedule(index: int) -> tuple[dict, dict]:
+def dense_schedule(plan: Plan, index: int) -> tuple[dict, dict]:
     """As `schedule`, for the second batch of every joint step."""
-    return TOWER_MIX, DENSE_CROPS
+    return TOWER_MIX, _scaled(DENSE_CROPS, plan.batch_scale)
+
+
+def _scaled(crops: dict, scale: int) -> dict:
+    return {crop: (share, pages * scale, room) for crop, (share, pages, room) in crops.items()}
+
+
+class Pace:
+    """Learns from the first joint steps how many there is time for; `began`: seconds that the run had before."""
+
+    def __init__(self, minutes: float, first: int, began: float):
+        self.first, self.timed, self.end = first, began, began + 60 * minutes if minutes else None
+
+    def fitted(self, plan: Plan, step: int, seconds: float) -> Plan:
+        """The plan, TIMED_STEPS behind `first` with the steps that fit; the rate falls over the second half of them."""
+        if step == self.first:
+            self.timed = seconds
+        if self.end is None or step != self.first + TIMED_STEPS:
+            return plan
+        steps = max(1, int((self.end - seconds) * TIMED_STEPS / (seconds - self.timed)))
+        return dataclasses.replace(plan, steps=step + steps, decay_steps=max(1, steps // 2))
 
 
 class Trainer:
@@ -143,14 +167,14 @@ class Trainer:
     def save(self) -> None:
         """Writes DIR/state.pt beside and renames it into place."""
         state = {"plan": dataclasses.asdict(self.plan), "step": self.step, "pages": self.pages,
-                 "seconds": self.seconds, "master": self.master.data,
-                 "average": self.average, "optimizer": self.optimizer.state_dict()}
+                 "seconds": self.seconds, "master": self.master.data.cpu(),
+                 "average": self.average.cpu(), "optimizer": self.optimizer.state_dict()}
         partial = self.out / "state.partial"
         torch.save(state, partial)
         os.replace(partial, self.out / "state.pt")
 
     def resume(self) -> None:
-        state = torch.load(self.out / "state.pt", weights_only=True)
+        state = torch.load(self.out / "state.pt", weights_only=True, map_location="cpu")
         self.step, self.pages, self.seconds = state["step"], state["pages"], state["seconds"]
         self.master.data.copy_(state["master"])
         self.average.copy_(state.get("average", state["master"]))
@@ -197,11 +221,15 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Resources:
-    """workers: rendering processes; helper: a second process adds gradients; start: run or checkpoint to go on from."""
+    """workers: rendering processes; helper: a second process adds gradients; start: run or checkpoint to go on from.
+
+    minutes: of this process, which set the plan's steps (0: as planned).
+    """
 
     workers: int = 1
     helper: bool = False
     start: Path | None = None
+    minutes: float = 0.0
 
 
 def train(plan: Plan, out: Path, resources: Resources = Resources()) -> Trainer:
@@ -215,7 +243,9 @@ def train(plan: Plan, out: Path, resources: Resources = Resources()) -> Trainer:
         trainer.start_helper()
     pages_of = f"{TRAINING_SEED}-{plan.seed}"
     batches = batch_stream(pages_of, functools.partial(schedule, plan), trainer.step, resources.workers)
-    dense = batch_stream(pages_of + "-dense", dense_schedule, trainer.step, 1)
+    dense = batch_stream(pages_of + "-dense", functools.partial(dense_schedule, plan), trainer.step,
+                         max(1, resources.workers // 3))
+    pace = Pace(resources.minutes, max(plan.tower_steps, trainer.step), trainer.seconds)
     last_save = last = time.monotonic()
     since, pages = last, trainer.pages
     decoder = decoder_process(plan, out) if plan.decoder_steps and trainer.step <= plan.tower_steps else None
@@ -234,6 +264,7 @@ def train(plan: Plan, out: Path, resources: Resources = Resources()) -> Trainer:
         now = time.monotonic()
         trainer.seconds += now - last
         last = now
+        plan = trainer.plan = pace.fitted(plan, trainer.step, trainer.seconds)
         if trainer.step % 50 == 0:
             log.write(trainer, (trainer.pages - pages) / (now - since))
             since, pages = now, trainer.pages
@@ -251,7 +282,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1, help="processes that render pages")
     parser.add_argument("--start", type=Path, help="a run to go on from, its heads included, or a checkpoint")
-    parser.add_argument("--helper", action="store_true", help="a second process adds gradients")
+    parser.add_argument("--helper", action="store_true", help="a second process adds gradients (on a CPU)")
+    parser.add_argument("--minutes", type=float, default=0.0, help="sets --steps by what there is time for")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     for field in dataclasses.fields(Plan):
         kind = type(field.default)
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default)
@@ -259,6 +292,7 @@ def main(arguments: list[str] | None = None) -> None:
     if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
         os.execve(sys.executable, [sys.executable, "-m", "vl2.nano.train", *sys.argv[1:]], {**os.environ, **ALLOCATOR})
     out, threads = options.pop("out"), options.pop("threads")
+    torch.set_default_device(options.pop("device"))
     resources = Resources(**{field.name: options.pop(field.name) for field in dataclasses.fields(Resources)})
     torch.set_num_threads(threads)
     train(Plan(**options), out, resources)
