@@ -109,7 +109,8 @@ void run(const Problem& problem, Isa isa, const Parallel& parallel) {
     case Isa::avx2:
     case Isa::avxvnni: attend = attend_avx2; break;
     case Isa::avx512:
-    case Isa::avx512vnni: attend = attend_avx512; break;
+    case Isa::avx512vnni:
+    case Isa::amx: attend = attend_avx512; break;
 #elif defined(__aarch64__)
     case Isa::neon:
     case Isa::dotprod: attend = attend_neon; break;

@@ -8,8 +8,8 @@ namespace {
 
 // A task reads about as many bytes of weights, so that a decode step has enough of them for all threads.
 constexpr size_t TASK_BYTES = 96 << 10;
-// Pairs of panels that a task computes at once into its buffer.
-constexpr size_t PAIR = 2 * PANEL_ROWS;
+// A buffer of a task: the most rows and panels that it computes at once.
+constexpr size_t BUFFER = std::max(ROW_BLOCK * WIDE_PANELS, TILE_BLOCK * TILE_PANELS_WIDE) * PANEL_ROWS;
 constexpr size_t FEW_PANELS = 4, MOST_PANELS = 8;
 // What memory sends while a unit's last lines are computed: the beginning of the next unit's.
 constexpr size_t AHEAD_BYTES = 2048;
@@ -32,19 +32,16 @@ struct Task {
   Panels pairs;
 };
 
-bool rounded(const Device& d, const Matrix& m) { return d.fast && rounds(d.kernels, m); }
-
 // Runs on one thread; the caller has a task for each unit.
 void prepare(const Device& d, const Matrix& m, Rows& rows) {
   const Parallel alone{nullptr, [](void*, void (*task)(void*, size_t), size_t count, void* data) {
                          for (size_t i = 0; i < count; ++i) task(data, i);
                        }};
-  if (rounded(d, m)) rows.round(d.kernels, alone);
-  else if (rows.rows() <= FEW_ROWS && rounds(d.kernels, m)) rows.split(d.kernels);
+  rows.prepare(d.kernels, m, d.fast, alone);
 }
 
 // Rows of x in the order of the unit's tokens; x itself where that is the same.
-void gather(const Device& d, const Tokens& tokens, Work& work) {
+void gather(const Tokens& tokens, Work& work) {
   const std::vector<size_t>& order = work.unit->tokens;
   const float* x = tokens.x;
   const bool whole = order.size() == tokens.count;
@@ -55,7 +52,7 @@ void gather(const Device& d, const Tokens& tokens, Work& work) {
     x = work.gathered.get();
   }
   const Shape shape{int64_t(order.size()), int64_t(tokens.hidden)};
-  work.input = std::make_shared<Rows>(x, tokens.hidden, shape, !rounded(d, work.unit->part.gate_up));
+  work.input = std::make_shared<Rows>(x, tokens.hidden, shape);
 }
 
 std::vector<Task> cut(std::vector<Work>& works) {
@@ -63,22 +60,25 @@ std::vector<Task> cut(std::vector<Work>& works) {
   for (Work& work : works) {
     const Matrix& m = work.unit->part.gate_up;
     const size_t pairs = m.panels / 2, rows = work.rows();
-    const size_t width = std::max<size_t>(1, TASK_BYTES * std::min<size_t>(8, rows) / (2 * m.panel_bytes));
-    for (size_t row = 0; row < rows; row += ROW_BLOCK)
+    const size_t wide = work.input->panels() / 2, bytes = TASK_BYTES * std::min<size_t>(8, rows);
+    const size_t width = std::max(wide, bytes / (2 * m.panel_bytes) / wide * wide);
+    for (size_t row = 0; row < rows; row += work.input->block())
       for (size_t pair = 0; pair < pairs; pair += width) tasks.push_back({&work, row, {pair, std::min(width, pairs - pair)}});
   }
   return tasks;
 }
 
-// silu(gate) ⊙ up of a task's rows and pairs, pair by pair.
+// silu(gate) ⊙ up of a task's rows and pairs, as many at once as the kernels take.
 void run_gate_up(const Device& d, const Task& task) {
-  alignas(64) float buffer[ROW_BLOCK * PAIR];
+  alignas(64) float buffer[BUFFER];
   Work& work = *task.work;
   const Matrix& m = work.unit->part.gate_up;
-  const size_t width = work.width(), rows = std::min(ROW_BLOCK, work.rows() - task.row);
-  for (size_t pair = task.pairs.first; pair < task.pairs.first + task.pairs.count; ++pair) {
-    work.input->multiply(d.kernels, m, {2 * pair, 2}, task.row, rows, {buffer, PAIR});
-    d.kernels.swiglu(buffer, PAIR, rows, 1, {work.hidden.get() + task.row * width + pair * PANEL_ROWS, width});
+  const size_t width = work.width(), rows = std::min(work.input->block(), work.rows() - task.row);
+  const size_t wide = work.input->panels(), stride = wide * PANEL_ROWS, end = task.pairs.first + task.pairs.count;
+  for (size_t pair = task.pairs.first; pair < end; pair += wide / 2) {
+    const size_t count = std::min(wide / 2, end - pair);
+    work.input->multiply(d.kernels, m, {2 * pair, 2 * count}, task.row, rows, {buffer, stride});
+    d.kernels.swiglu(buffer, stride, rows, count, {work.hidden.get() + task.row * width + pair * PANEL_ROWS, width});
   }
 }
 
@@ -88,17 +88,18 @@ void prefetch(const uint8_t* data) {
 
 // One stripe of y: the panels of every unit's product, weighted, added in the order of the units.
 void run_down(const Device& d, const std::vector<Work>& works, Panels panels, float* y, size_t stride) {
-  alignas(64) float buffer[ROW_BLOCK * PAIR];
+  alignas(64) float buffer[BUFFER];
   for (const Work& work : works) {
     const Unit& unit = *work.unit;
+    const size_t block = work.inner->block(), wide = work.inner->panels(), width = wide * PANEL_ROWS;
     if (&work != &works.back()) prefetch((&work + 1)->unit->part.down.panel(panels.first));
-    for (size_t row = 0; row < unit.tokens.size(); row += ROW_BLOCK) {
-      const size_t rows = std::min(ROW_BLOCK, unit.tokens.size() - row);
-      for (size_t panel = panels.first; panel < panels.first + panels.count; panel += 2) {
-        const size_t count = std::min<size_t>(2, panels.first + panels.count - panel);
-        work.inner->multiply(d.kernels, unit.part.down, {panel, count}, row, rows, {buffer, PAIR});
+    for (size_t row = 0; row < unit.tokens.size(); row += block) {
+      const size_t rows = std::min(block, unit.tokens.size() - row);
+      for (size_t panel = panels.first; panel < panels.first + panels.count; panel += wide) {
+        const size_t count = std::min(wide, panels.first + panels.count - panel);
+        work.inner->multiply(d.kernels, unit.part.down, {panel, count}, row, rows, {buffer, width});
         for (size_t i = 0; i < rows; ++i)
-          d.kernels.accumulate(y + unit.tokens[row + i] * stride + panel * PANEL_ROWS, buffer + i * PAIR,
+          d.kernels.accumulate(y + unit.tokens[row + i] * stride + panel * PANEL_ROWS, buffer + i * width,
                                unit.weights[row + i], count * PANEL_ROWS);
       }
     }
@@ -136,7 +137,8 @@ void run_feed_forward(const Device& d, const std::vector<Unit>& units, const Tok
   for (size_t i = 0; i < units.size(); ++i) works[i].unit = &units[i];
   std::shared_ptr<Rows> single;
   if (tokens.count == 1) {
-    single = std::make_shared<Rows>(tokens.x, tokens.hidden, Shape{1, int64_t(tokens.hidden)}, true);
+    single = std::make_shared<Rows>(tokens.x, tokens.hidden, Shape{1, int64_t(tokens.hidden)});
+    single->fill();
     // by what any part wants, as with more tokens each is prepared by itself
     const auto wants = [&](const Unit& unit) { return rounds(d.kernels, unit.part.gate_up); };
     const auto first = std::find_if(units.begin(), units.end(), wants);
@@ -145,7 +147,7 @@ void run_feed_forward(const Device& d, const std::vector<Unit>& units, const Tok
   parallel_for(d.parallel, works.size(), [&](size_t i) {
     works[i].input = single;
     if (!single) {
-      gather(d, tokens, works[i]);
+      gather(tokens, works[i]);
       prepare(d, units[i].part.gate_up, *works[i].input);
     }
     works[i].hidden.reset(new float[works[i].rows() * works[i].width()]);
@@ -155,7 +157,7 @@ void run_feed_forward(const Device& d, const std::vector<Unit>& units, const Tok
   parallel_for(d.parallel, works.size(), [&](size_t i) {
     const Matrix& down = units[i].part.down;
     const Shape shape{int64_t(works[i].rows()), int64_t(down.columns)};
-    works[i].inner = std::make_unique<Rows>(works[i].hidden.get(), works[i].width(), shape, !rounded(d, down));
+    works[i].inner = std::make_unique<Rows>(works[i].hidden.get(), works[i].width(), shape);
     prepare(d, down, *works[i].inner);
   });
   add_down(d, works, tokens);

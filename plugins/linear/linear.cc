@@ -10,12 +10,14 @@ namespace {
 constexpr size_t DECODE_TASK_BYTES = 96 << 10;
 constexpr size_t TASK_PANELS = 16;
 constexpr size_t FEWEST_TASKS = 64;
+// Rows at once: bounds the memory of their other form, 6 bytes a number.
+constexpr size_t ROWS_AT_ONCE = 1536;
 
-// Panels of a task: pairs, as the widest kernels take two.
-size_t panels_a_task(const Matrix& m, size_t rows) {
-  const size_t blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
+// Panels of a task: a multiple of what the kernels take at once.
+size_t panels_a_task(const Matrix& m, const Rows& input) {
+  const size_t rows = input.rows(), blocks = (rows + input.block() - 1) / input.block(), wide = input.panels();
   const size_t most = rows <= FEW_ROWS ? DECODE_TASK_BYTES / m.panel_bytes : std::min(TASK_PANELS, m.panels * blocks / FEWEST_TASKS);
-  return std::max<size_t>(2, most / 2 * 2);
+  return std::max(wide, most / wide * wide);
 }
 
 class Linear {
@@ -30,7 +32,7 @@ class Linear {
       : kernels_(kernels_for(choose_isa())),
         matrix_(matrix_from(attributes, {"scheme", "group_size", "scale_dtype"},
                             {attributes.integer("N"), attributes.integer("K")})),
-        fast_(is_fast(attributes) && rounds(kernels_, matrix_)) {}
+        fast_(is_fast(attributes)) {}
 
   void compute(Call& call) const {
     const Tensor x = call.input(0), bias = call.input(2);
@@ -43,21 +45,31 @@ class Linear {
     shape.back() = int64_t(m.rows);
     const Tensor y = call.output(0, shape);
     const size_t rows = x.count() / m.columns;
-    if (rows == 0) return;
-    Rows input(x.as<const float>(), m.columns, {int64_t(rows), int64_t(m.columns)}, !fast_);
     const Parallel parallel = call.parallel();
-    if (fast_) input.round(kernels_, parallel);
-    else if (rows <= FEW_ROWS && rounds(kernels_, m)) input.split(kernels_);
-    const size_t width = panels_a_task(m, rows), stripes = (m.panels + width - 1) / width;
-    parallel_for(parallel, stripes * ((rows + ROW_BLOCK - 1) / ROW_BLOCK), [&](size_t task) {
-      const size_t first = task % stripes * width, row = task / stripes * ROW_BLOCK;
-      const Panels panels{first, std::min(width, m.panels - first)};
-      block(m, input, panels, row, std::min(ROW_BLOCK, rows - row), y.as<float>());
-      if (bias) add_bias(bias.as<const float>(), panels, row, std::min(ROW_BLOCK, rows - row), y.as<float>());
-    });
+    for (size_t first = 0; first < rows; first += ROWS_AT_ONCE)
+      product(m, {x.as<const float>() + first * m.columns, bias.as<const float>(), y.as<float>() + first * m.rows,
+                  std::min(ROWS_AT_ONCE, rows - first)}, parallel);
   }
 
  private:
+  struct Job {
+    const float *x, *bias;
+    float* y;
+    size_t rows;
+  };
+
+  void product(const Matrix& m, const Job& job, const Parallel& parallel) const {
+    Rows input(job.x, m.columns, {int64_t(job.rows), int64_t(m.columns)});
+    input.prepare(kernels_, m, fast_, parallel);
+    const size_t width = panels_a_task(m, input), stripes = (m.panels + width - 1) / width, height = input.block();
+    parallel_for(parallel, stripes * ((job.rows + height - 1) / height), [&](size_t task) {
+      const size_t first = task % stripes * width, row = task / stripes * height, count = std::min(height, job.rows - row);
+      const Panels panels{first, std::min(width, m.panels - first)};
+      block(m, input, panels, row, count, job.y);
+      if (job.bias) add_bias(job.bias, panels, row, count, job.y);
+    });
+  }
+
   // Rows row … row + count of the panels; the columns of a last panel that is not full come through a buffer.
   void block(const Matrix& m, const Rows& input, Panels panels, size_t row, size_t count, float* y) const {
     const bool partial = (panels.first + panels.count) * PANEL_ROWS > m.rows;
@@ -65,7 +77,7 @@ class Linear {
     float* place = y + row * m.rows;
     input.multiply(kernels_, m, full, row, count, {place + full.first * PANEL_ROWS, m.rows});
     if (!partial) return;
-    float last[ROW_BLOCK * PANEL_ROWS];
+    float last[std::max(ROW_BLOCK, TILE_BLOCK) * PANEL_ROWS];
     input.multiply(kernels_, m, {m.panels - 1, 1}, row, count, {last, PANEL_ROWS});
     const size_t begin = (m.panels - 1) * PANEL_ROWS;
     for (size_t i = 0; i < count; ++i)

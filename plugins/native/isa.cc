@@ -7,16 +7,40 @@
 
 #if defined(__aarch64__)
 #include <sys/auxv.h>
+#elif defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace vl2 {
 namespace {
 
 #if defined(__x86_64__)
-bool leaf7_bit4_of_eax1() {  // AVX-VNNI, which older compilers' __builtin_cpu_supports does not know
-  unsigned a = 7, b = 0, c = 1, d = 0;
-  __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  return (a & (1u << 4)) != 0;
+struct Leaf {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+};
+
+// Leaf 7 of cpuid, for what older compilers' __builtin_cpu_supports does not know; zeros where there is none.
+Leaf leaf7(unsigned part) {
+  Leaf leaf;
+  if (!__get_cpuid_count(7, part, &leaf.a, &leaf.b, &leaf.c, &leaf.d)) return {};
+  return leaf;
+}
+
+bool has_avxvnni() { return (leaf7(1).a & 1u << 4) != 0; }
+
+// Bfloat16 in vectors, tiles, their products of bfloat16 and INT8, registers that the system saves, and its permission: Linux gives the large
+// registers to processes that ask (since 5.16), for all threads, present and to come.
+bool has_amx() {
+  constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24, INT8 = 1u << 25, ALL = BF16 | TILE | INT8;
+  constexpr unsigned SAVED = 1u << 17 | 1u << 18;  // XTILECFG, XTILEDATA in XCR0
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18;
+  constexpr unsigned AVX512_BF16 = 1u << 5;
+  if ((leaf7(0).d & ALL) != ALL || (leaf7(1).a & AVX512_BF16) == 0) return false;
+  unsigned low = 0, high = 0;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & SAVED) == SAVED && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
 }
 #endif
 
@@ -30,10 +54,14 @@ std::vector<Isa> detect() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx2) found.push_back(Isa::avx2);
 #if VL2_HAS_AVXVNNI
-  if (avx2 && leaf7_bit4_of_eax1()) found.push_back(Isa::avxvnni);
+  if (avx2 && has_avxvnni()) found.push_back(Isa::avxvnni);
 #endif
   if (avx512) found.push_back(Isa::avx512);
-  if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(Isa::avx512vnni);
+  const bool avx512vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  if (avx512vnni) found.push_back(Isa::avx512vnni);
+#if VL2_HAS_AMX
+  if (avx512vnni && has_amx()) found.push_back(Isa::amx);
+#endif
 #elif defined(__aarch64__)
   found.push_back(Isa::neon);
   constexpr unsigned long DOTPROD = 1ul << 20;  // HWCAP_ASIMDDP
@@ -45,7 +73,7 @@ std::vector<Isa> detect() {
 }  // namespace
 
 const char* name_of(Isa isa) {
-  static const char* const names[] = {"scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "neon", "dotprod"};
+  static const char* const names[] = {"scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "amx", "neon", "dotprod"};
   return names[int(isa)];
 }
 

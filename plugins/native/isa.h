@@ -6,7 +6,7 @@
 namespace vl2 {
 
 // In the order of preference of one architecture: a later one is faster where the processor has it.
-enum class Isa { scalar, avx2, avxvnni, avx512, avx512vnni, neon, dotprod };
+enum class Isa { scalar, avx2, avxvnni, avx512, avx512vnni, amx, neon, dotprod };
 
 const char* name_of(Isa isa);
 

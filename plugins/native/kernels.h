@@ -57,6 +57,23 @@ struct Constant {
   static constexpr int value = N;
 };
 
+// Rows as tiles of 16 rows by 32 columns of bfloat16, [row tiles, blocks, terms, 16, 32]: a number is the sum of its terms,
+// three (float32's 24 bits) or one (rounded to 8 bits).
+struct TileRows {
+  const uint16_t* data;
+  size_t blocks;  // of 32 columns
+  int terms;
+};
+
+// Products in the matrix registers of AMX, for many rows.
+struct TileKernels {
+  // Writes one tile of rows, `terms` of each block, zeros behind `rows` (at most 16) and `columns`.
+  void (*pack)(const float* x, size_t stride, size_t rows, size_t columns, int terms, uint16_t* to);
+  // out = x · Wᵀ for at most TILE_BLOCK rows from the row `first_row` on, a multiple of 16. With three terms groups are
+  // multiples of CHUNK columns; with one weights are rounded to bfloat16 where they have several scales a row.
+  void (*multiply)(const Matrix&, Panels, const TileRows&, size_t first_row, size_t rows, Output);
+};
+
 struct Kernels {
   Isa isa;
   // Schemes, as bits 1 << scheme, that `fast` takes where scales cover multiples of CHUNK columns.
@@ -76,10 +93,15 @@ struct Kernels {
   void (*swiglu)(const float* pairs, size_t stride, size_t rows, size_t pair_count, Output);
   // y += weight · x over `count` floats, a multiple of 16.
   void (*accumulate)(float* y, const float* x, float weight, size_t count);
+  const TileKernels* tiles = nullptr;
 };
 
-// Rows that a call of `exact` or `fast` should get at once: their activations stay in the second-level cache.
+// Rows that a call of `exact` or `fast` should get at most: their activations stay in the second-level cache.
 constexpr size_t ROW_BLOCK = 96;
+// The same of TileKernels::multiply, a multiple of 32: over so many rows one expansion of weights is shared.
+constexpr size_t TILE_BLOCK = 256;
+// Panels that the kernels take at once, of floats and of tiles.
+constexpr size_t WIDE_PANELS = 2, TILE_PANELS_WIDE = 4;
 
 const Kernels& kernels_for(Isa isa);
 

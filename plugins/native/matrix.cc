@@ -9,6 +9,8 @@ namespace {
 constexpr int64_t LARGEST_SIDE = 1 << 24;
 constexpr size_t ALIGNMENT = 64;
 constexpr size_t ROWS_A_TASK = 16;
+// Fewer rows are left to vectors.
+constexpr size_t FEWEST_TILED = FEW_ROWS + 1;
 
 size_t up_to(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -72,14 +74,24 @@ bool is_fast(const Attributes& attributes) {
   return mode == "fast";
 }
 
-Rows::Rows(const float* x, size_t stride, Shape shape, bool floats)
+Rows::Rows(const float* x, size_t stride, Shape shape)
     : rows_(size_t(shape.rows)), columns_(size_t(shape.columns)), padded_(up_to(columns_, CHUNK)), source_stride_(stride),
-      stride_(stride), source_(x), x_(x) {
-  if (padded_ == columns_ || !floats) return;
+      stride_(stride), source_(x), x_(x) {}
+
+void Rows::prepare(const Kernels& kernels, const Matrix& m, bool fast, const Parallel& parallel) {
+  if (rows_ >= FEWEST_TILED && tiles(kernels, m, fast)) return tile(kernels, fast ? 1 : 3, parallel);
+  const bool rounds_here = rounds(kernels, m);
+  if (rounds_here && fast) return round(kernels, parallel);
+  fill();
+  if (rounds_here && rows_ <= FEW_ROWS) split(kernels);
+}
+
+void Rows::fill() {
+  if (padded_ == columns_ || filled_) return;
   stride_ = padded_;
   filled_.reset(new float[rows_ * padded_]);
   for (size_t row = 0; row < rows_; ++row) {
-    float* to = std::copy_n(x + row * stride, columns_, filled_.get() + row * padded_);
+    float* to = std::copy_n(source_ + row * source_stride_, columns_, filled_.get() + row * padded_);
     std::fill(to, filled_.get() + (row + 1) * padded_, 0.0f);
   }
   x_ = filled_.get();
@@ -109,8 +121,23 @@ void Rows::round(const Kernels& kernels, const Parallel& parallel) {
   rounded_ = true;
 }
 
+void Rows::tile(const Kernels& kernels, int terms, const Parallel& parallel) {
+  const size_t tile_rows = 16, count = (rows_ + tile_rows - 1) / tile_rows, numbers = padded_ * tile_rows * size_t(terms);
+  const size_t room = ALIGNMENT / sizeof(uint16_t);
+  terms_.reset(new uint16_t[count * numbers + room]);
+  const size_t beyond = reinterpret_cast<uintptr_t>(terms_.get()) % ALIGNMENT;
+  uint16_t* data = terms_.get() + (beyond ? (ALIGNMENT - beyond) / sizeof(uint16_t) : 0);
+  parallel_for(parallel, count, [&](size_t task) {
+    const size_t row = task * tile_rows;
+    kernels.tiles->pack(source_ + row * source_stride_, source_stride_, std::min(tile_rows, rows_ - row), columns_, terms,
+                        data + task * numbers);
+  });
+  tiles_ = {data, padded_ / CHUNK, terms};
+}
+
 void Rows::multiply(const Kernels& kernels, const Matrix& m, Panels panels, size_t first, size_t count, Output out) const {
-  if (rounded_ && rounds(kernels, m)) kernels.fast(m, panels, activations_, first, count, out);
+  if (tiles_.data) kernels.tiles->multiply(m, panels, tiles_, first, count, out);
+  else if (rounded_ && rounds(kernels, m)) kernels.fast(m, panels, activations_, first, count, out);
   else if (split_ && rounds(kernels, m)) kernels.split_rows(m, panels, activations_, first, count, out);
   else kernels.exact(m, panels, x_ + first * stride_, stride_, count, out);
 }

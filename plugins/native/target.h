@@ -19,6 +19,7 @@
 #define VL2_TARGET_AVXVNNI VL2_TARGET("avx2,fma,f16c,avxvnni")
 #define VL2_TARGET_AVX512 VL2_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
 #define VL2_TARGET_AVX512VNNI VL2_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#define VL2_TARGET_AMX VL2_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")
 // GCC before 13 inlines the intrinsics only where the architecture is named too
 #define VL2_TARGET_DOTPROD VL2_TARGET("arch=armv8.2-a+dotprod")
 
@@ -28,3 +29,6 @@
 #else
 #define VL2_HAS_AVXVNNI 0
 #endif
+
+// AMX is written as assembly (tiles.h): the assemblers that come with GCC 11 and Clang 12 know it.
+#define VL2_HAS_AMX VL2_HAS_AVXVNNI

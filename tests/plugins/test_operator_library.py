@@ -21,7 +21,7 @@ SOURCES = ROOT / "plugins" / "native"
 DRIVER = Path(__file__).parent / "operator_driver.cc"
 INCLUDES = ["-std=c++17", "-I", str(ROOT / "plugins"), "-I", str(DRIVER.parent)]
 QUIET = ["-w", "-pthread"]
-BY_PROCESSOR = {"x86_64": ("scalar", "avx2", "avxvnni", "avx512", "avx512vnni"),
+BY_PROCESSOR = {"x86_64": ("scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "amx"),
                 "aarch64": ("scalar", "neon", "dotprod")}
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 
