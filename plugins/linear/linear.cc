@@ -10,7 +10,7 @@ namespace {
 constexpr size_t DECODE_TASK_BYTES = 96 << 10;
 constexpr size_t TASK_PANELS = 16;
 constexpr size_t FEWEST_TASKS = 64;
-// Rows at once: bounds the memory of their other form, 6 bytes a number.
+// Rows at once, at most: bounds the memory of their other form, 6 bytes a number.
 constexpr size_t ROWS_AT_ONCE = 1536;
 
 // Panels of a task: a multiple of what the kernels take at once.
@@ -46,9 +46,13 @@ class Linear {
     const Tensor y = call.output(0, shape);
     const size_t rows = x.count() / m.columns;
     const Parallel parallel = call.parallel();
-    for (size_t first = 0; first < rows; first += ROWS_AT_ONCE)
-      product(m, {x.as<const float>() + first * m.columns, bias.as<const float>(), y.as<float>() + first * m.rows,
-                  std::min(ROWS_AT_ONCE, rows - first)}, parallel);
+    // parts of about one size: none is so small that it would be computed in another way
+    const size_t parts = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+    for (size_t part = 0; part < parts; ++part) {
+      const size_t first = rows * part / parts, count = rows * (part + 1) / parts - first;
+      product(m, {x.as<const float>() + first * m.columns, bias.as<const float>(), y.as<float>() + first * m.rows, count},
+              parallel);
+    }
   }
 
  private:

@@ -151,7 +151,7 @@ inline void write_out(const Workspace& space, const Matrix& m, Panels panels, si
 
 template <Scheme S, Form F, int X>
 void multiply_as(const Job& job, Panels panels, Output out) {
-  const TileSession session;
+  tiles_begin();
   Workspace space;
   const bool one_scale = quantized(S) && F == Form::plain && job.m.groups == 1;
   for (size_t done = 0; done < panels.count; done += PANELS) {
@@ -160,6 +160,7 @@ void multiply_as(const Job& job, Panels panels, Output out) {
     panels_product<S, F, X>(job, some, space);
     write_out(space, job.m, some, job.count, one_scale, {out.data + done * PANEL_ROWS, out.stride});
   }
+  tiles_end();
 }
 
 template <Scheme S>

@@ -1,8 +1,8 @@
 // AMX: eight tile registers of 16 rows by 64 bytes, as assembly: what the compilers' intrinsics lack is that a tile's load
 // reads memory, so that stores before it are not moved behind it.
 //
-// A task that uses tiles holds a `TileSession`: the threads are ONNX Runtime's and their tiles nobody else's business.
-// No instruction set is needed to compile this; `Isa::amx` says whether it may run.
+// A task that uses tiles begins with `tiles_begin` and ends with `tiles_end`, or holds a `TileSession`: the threads are ONNX
+// Runtime's, and nothing may throw between. No instruction set is needed to compile this; `Isa::amx` says whether it may run.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -14,19 +14,23 @@ namespace vl2 {
 
 constexpr size_t TILE_ROWS_MOST = 16, TILE_ROW_BYTES = 64, TILE_BYTES = TILE_ROWS_MOST * TILE_ROW_BYTES;
 
-// Configures all eight tiles as 16 rows by 64 bytes for this thread, and gives them back.
+// Configures all eight tiles as 16 rows by 64 bytes for this thread; `tiles_end` gives them back.
+inline __attribute__((always_inline)) void tiles_begin() {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = TILE_ROW_BYTES, config.rows[tile] = TILE_ROWS_MOST;
+  __asm__ volatile("ldtilecfg %0" ::"m"(config));
+}
+inline __attribute__((always_inline)) void tiles_end() { __asm__ volatile("tilerelease"); }
+
+// The same for a scope.
 class TileSession {
  public:
-  TileSession() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = TILE_ROW_BYTES, config.rows[tile] = TILE_ROWS_MOST;
-    __asm__ volatile("ldtilecfg %0" ::"m"(config));
-  }
-  ~TileSession() { __asm__ volatile("tilerelease"); }
+  __attribute__((always_inline)) TileSession() { tiles_begin(); }
+  __attribute__((always_inline)) ~TileSession() { tiles_end(); }
   TileSession(const TileSession&) = delete;
   TileSession& operator=(const TileSession&) = delete;
 };

@@ -10,6 +10,7 @@ from tests.plugins.operator_session import ISAS, Matrix, error_of, needs_library
 from tests.tolerances import OPERATOR_EXACT, OPERATOR_ROUNDED
 
 pytestmark = needs_library
+FEW_ROWS = 8
 
 # Rows, columns, scheme, scales a row: inputs of Tiny, Small, Base, nano and the miniatures, few of their outputs.
 SHAPES = {
@@ -44,7 +45,7 @@ def product(x: np.ndarray, matrix: Matrix) -> np.ndarray:
 def test_the_product_is_that_of_the_dequantized_weight(name):
     matrix = random_matrix(SHAPES[name][:2], *SHAPES[name][2:])
     session = session_of(matrix)
-    for count in (1, 2, 29):
+    for count in (1, 2, 29, 290):
         x = rows_of(count, matrix.layout.columns)
         assert error_of(run(session, x), product(x, matrix))[0] <= OPERATOR_EXACT, count
 
@@ -56,7 +57,7 @@ def test_every_instruction_set_computes_the_same(isa, mode, monkeypatch):
     for case in ODD:
         matrix, bias = random_matrix(case[:2], *case[2:]), rows_of(case[0])
         session = session_of(matrix, mode, bias)
-        for count in (1, 2, 3, 13, 100):
+        for count in (1, 2, 3, 13, 100, 300):
             x = rows_of(count, case[1])
             largest, mean = error_of(run(session, x), product(x, matrix) + bias)
             assert largest <= OPERATOR_EXACT if mode == "exact" else mean <= OPERATOR_ROUNDED, (case, count)
@@ -66,13 +67,16 @@ def test_every_instruction_set_computes_the_same(isa, mode, monkeypatch):
 def test_rows_do_not_depend_on_how_many_there_are(mode):
     matrix, x = random_matrix((48, 64), "int4", 2), rows_of(4096, 64)
     session = session_of(matrix, mode)
-    whole = run(session, x)
-    for count in (1, 2, 5, 11, 12, 13, 95, 96, 97):
+    few, many = run(session, x[:FEW_ROWS]), run(session, x)
+    largest, mean = error_of(few, many[:FEW_ROWS])
+    assert largest <= OPERATOR_EXACT if mode == "exact" else mean <= OPERATOR_ROUNDED
+    for count in (1, 2, 5, 11, 12, 13, 95, 96, 97, 257, 1537):
+        whole = few if count <= FEW_ROWS else many
         assert error_of(run(session, x[:count]), whole[:count])[0] <= OPERATOR_EXACT, count
 
 
 @pytest.mark.parametrize("mode", ["exact", "fast"])
-@pytest.mark.parametrize("count", [1, 200])
+@pytest.mark.parametrize("count", [1, 200, 300])
 def test_the_number_of_threads_changes_no_bit(mode, count):
     matrix, x = random_matrix((700, 320), "int4", 10), rows_of(count, 320)
     alone = run(session_of(matrix, mode), x)
@@ -87,8 +91,12 @@ def test_leading_sides_stay_and_may_be_empty():
     assert run(session, rows_of(0, 64)).shape == (0, 24) and run(session, rows_of(1, 0, 64)).shape == (1, 0, 24)
 
 
-def test_a_decode_step_keeps_float32s_precision_beside_an_outlier():
-    matrix, x = random_matrix((64, 1280), "int4", 40), rows_of(1, 1280)
+@pytest.mark.parametrize("scheme, groups", [("int4", 40), ("int8", 1), ("fp16", 1), ("bf16", 1)])
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("count", [1, 40])
+def test_float32s_precision_is_kept_beside_an_outlier(isa, count, scheme, groups, monkeypatch):
+    monkeypatch.setenv("VL2_CPU_ISA", isa)
+    matrix, x = random_matrix((64, 1280), scheme, groups), rows_of(count, 1280)
     x[0, 100] = 1000
     numpy_error = error_of(x @ matrix.numbers.T, product(x, matrix))[0]
     assert error_of(run(session_of(matrix), x), product(x, matrix))[0] <= 4 * numpy_error
@@ -99,10 +107,10 @@ def test_a_decode_step_keeps_float32s_precision_beside_an_outlier():
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_spoils_its_row_and_no_other(isa, mode, value, monkeypatch):
     monkeypatch.setenv("VL2_CPU_ISA", isa)
-    for scheme in ("int4", "fp16"):
+    for scheme in ("int4", "int8", "fp16", "bf16"):
         matrix = random_matrix((20, 72), scheme)
         session = session_of(matrix, mode)
-        for count in (1, 7):
+        for count in (1, 7, 50):
             x = rows_of(count, 72)
             x[-1, 70] = value
             y = run(session, x)

@@ -111,10 +111,19 @@ def test_the_operators_agree_on_an_emulated_arm_processor(tmp_path):
     assert done.returncode == 0 and "dotprod done" in done.stdout, done.stdout + done.stderr
 
 
+@needs_library
+def test_amx_is_used_where_the_processor_has_it():
+    words = Path("/proc/cpuinfo").read_text().split() if platform.machine() == "x86_64" else []
+    if not {"amx_tile", "amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni"} <= set(words):
+        pytest.skip("this processor has no AMX, so that its kernels are not run here")
+    assert ISAS[-1] == "amx"
+
+
+@pytest.mark.parametrize("isa", ["avx2", "amx"])
 @pytest.mark.skipif(shutil.which("g++") is None or platform.machine() != "x86_64", reason="no g++ for x86-64")
-def test_files_of_an_instruction_set_define_no_function_that_others_might_take(tmp_path):
+def test_files_of_an_instruction_set_define_no_function_that_others_might_take(isa, tmp_path):
     # A weak function compiled for AVX2 could be the one that the linker keeps for all files.
     made = tmp_path / "kernels.o"
-    subprocess.run(["g++", *INCLUDES, *QUIET, "-O1", "-c", SOURCES / "kernels_avx2.cc", "-o", made], check=True)
+    subprocess.run(["g++", *INCLUDES, *QUIET, "-O1", "-c", SOURCES / f"kernels_{isa}.cc", "-o", made], check=True)
     symbols = subprocess.run(["nm", made], capture_output=True, text=True, check=True).stdout
     assert not [line for line in symbols.splitlines() if " W " in line or " V " in line]
