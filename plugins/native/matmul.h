@@ -125,59 +125,84 @@ void exact(const Matrix& m, Panels panels, const float* x, size_t stride, size_t
   }
 }
 
-// The products of R rows with one chunk of a panel.
-template <Scheme S, int R>
-inline void chunk_dots(const uint8_t* codes, const int8_t* x, size_t stride, Dots (&sums)[R]) {
-  for (int r = 0; r < R; ++r) sums[r] = no_dots();
-  for (size_t k = 0; k < CHUNK; k += S == Scheme::int4 ? 8 : 4, codes += 64) {
-    __builtin_prefetch(codes + PREFETCH_BYTES);
-    const Codes raw = load_codes(codes);
-    const Codes first = S == Scheme::int4 ? low(raw) : bytes(raw);
-    for (int r = 0; r < R; ++r) sums[r] = dot(sums[r], first, x + r * stride + k);
+// Where P panels begin, `apart` bytes from each other, and R rows, `stride` codes from each other.
+struct Operands {
+  const uint8_t* codes;
+  size_t apart;
+  const int8_t* x;
+  size_t stride;
+};
+
+// Adds the products of R rows with one chunk of P panels.
+template <Scheme S, int R, int P>
+inline void chunk_dots(Operands at, Dots (&sums)[R][P]) {
+  for (size_t k = 0; k < CHUNK; k += S == Scheme::int4 ? 8 : 4, at.codes += 64) {
+    Codes raw[P], codes[P];
+    for (int p = 0; p < P; ++p) {
+      __builtin_prefetch(at.codes + p * at.apart + PREFETCH_BYTES);
+      raw[p] = load_codes(at.codes + p * at.apart);
+      codes[p] = S == Scheme::int4 ? low(raw[p]) : bytes(raw[p]);
+    }
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < P; ++p) sums[r][p] = dot(sums[r][p], codes[p], at.x + r * at.stride + k);
     if constexpr (S == Scheme::int4) {
-      const Codes second = high(raw);
-      for (int r = 0; r < R; ++r) sums[r] = dot(sums[r], second, x + r * stride + k + 4);
+      for (int p = 0; p < P; ++p) codes[p] = high(raw[p]);
+      for (int r = 0; r < R; ++r)
+        for (int p = 0; p < P; ++p) sums[r][p] = dot(sums[r][p], codes[p], at.x + r * at.stride + k + 4);
     }
   }
 }
 
-template <Scheme S, int R>
-inline void rounded_sums(const Matrix& m, size_t panel, const Activations& a, size_t row, Floats (&totals)[R]) {
-  const uint8_t* codes = m.panel(panel) + m.scale_bytes;
-  const int8_t* x = a.codes + row * a.columns;
+template <Scheme S, int R, int P>
+inline void rounded_sums(const Matrix& m, size_t panel, const Activations& a, size_t row, Floats (&totals)[R][P]) {
+  Operands at{m.panel(panel) + m.scale_bytes, m.panel_bytes, a.codes + row * a.columns, a.columns};
   const float* scales = a.scales + row * a.chunks;
   const int32_t* offsets = (S == Scheme::int4 ? a.offset4 : a.offset8) + row * a.chunks;
   constexpr bool SHIFTED = S == Scheme::int4 || !SIGNED_CODES;
-  for (int r = 0; r < R; ++r) totals[r] = zero();
+  const bool one_scale = m.groups == 1;
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) totals[r][p] = zero();
+  Floats group_scales[P];
   size_t chunk = 0;
   for (size_t group = 0; chunk < a.chunks; ++group) {
-    const Floats scale = scale_of(m, panel, group);
-    for (const size_t end = end_of_group(m, group) / CHUNK; chunk < end; ++chunk, codes += CHUNK / 8 * bytes_of_eight(S)) {
-      Dots sums[R];
-      chunk_dots<S, R>(codes, x + chunk * CHUNK, a.columns, sums);
+    for (int p = 0; p < P; ++p) group_scales[p] = scale_of(m, panel + p, group);
+    for (const size_t end = end_of_group(m, group) / CHUNK; chunk < end; ++chunk) {
+      Dots sums[R][P];
+      for (int r = 0; r < R; ++r)
+        for (int p = 0; p < P; ++p) sums[r][p] = first_dots(SHIFTED ? offsets[r * a.chunks + chunk] : 0);
+      chunk_dots<S, R, P>(at, sums);
+      at.codes += CHUNK / 8 * bytes_of_eight(S), at.x += CHUNK;
       for (int r = 0; r < R; ++r) {
-        const Floats sum = finish(sums[r], SHIFTED ? offsets[r * a.chunks + chunk] : 0);
-        totals[r] = fma(mul(sum, broadcast(scales[r * a.chunks + chunk])), scale, totals[r]);
+        const Floats scale = broadcast(scales[r * a.chunks + chunk]);
+        for (int p = 0; p < P; ++p) {
+          const Floats sum = finish(sums[r][p], SHIFTED ? offsets[r * a.chunks + chunk] : 0);
+          totals[r][p] = one_scale ? fma(sum, scale, totals[r][p]) : fma(mul(sum, scale), group_scales[p], totals[r][p]);
+        }
       }
     }
   }
+  // one scale a row: behind all sums
+  if (!one_scale) return;
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) totals[r][p] = mul(totals[r][p], group_scales[p]);
 }
 
-template <Scheme S, int R>
-inline void fast_panel(const Matrix& m, size_t panel, const Activations& a, size_t row, Output out) {
-  Floats totals[R];
-  rounded_sums<S, R>(m, panel, a, row, totals);
-  for (int r = 0; r < R; ++r) store(out.data + r * out.stride, totals[r]);
+template <Scheme S, int R, int P>
+inline void fast_panels(const Matrix& m, size_t panel, const Activations& a, size_t row, Output out) {
+  Floats totals[R][P];
+  rounded_sums<S, R, P>(m, panel, a, row, totals);
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) store(out.data + r * out.stride + p * PANEL_ROWS, totals[r][p]);
 }
 
 template <Scheme S, int R>
 inline void split_panel(const Matrix& m, size_t panel, const Activations& a, size_t row, Output out) {
-  Floats totals[R * SPLIT_ROWS];
-  rounded_sums<S, R * SPLIT_ROWS>(m, panel, a, row * SPLIT_ROWS, totals);
+  Floats totals[R * SPLIT_ROWS][1];
+  rounded_sums<S, R * SPLIT_ROWS, 1>(m, panel, a, row * SPLIT_ROWS, totals);
   for (int r = 0; r < R; ++r) {
-    const Floats* parts = totals + r * SPLIT_ROWS;
+    const auto* parts = totals + r * SPLIT_ROWS;
     // the smallest part first
-    store(out.data + r * out.stride, add(parts[0], add(parts[1], parts[2])));
+    store(out.data + r * out.stride, add(parts[0][0], add(parts[1][0], parts[2][0])));
   }
 }
 
@@ -194,16 +219,30 @@ inline void split_as(const Matrix& m, Panels panels, const Activations& a, size_
 }
 
 template <Scheme S>
+inline void fast_panel(const Matrix& m, size_t panel, const Activations& a, size_t first_row, size_t rows, Output out) {
+  const auto body = [&](size_t row, auto count) {
+    fast_panels<S, decltype(count)::value, 1>(m, panel, a, first_row + row, {out.data + row * out.stride, out.stride});
+  };
+  if constexpr (FAST_ROWS == 8) by_tiles<8, 4, 2, 1>(0, rows, body);
+  else if constexpr (FAST_ROWS == 4) by_tiles<4, 2, 1>(0, rows, body);
+  else by_tiles<2, 1>(0, rows, body);
+}
+
+template <Scheme S>
 inline void fast_as(const Matrix& m, Panels panels, const Activations& a, size_t first_row, size_t rows, Output out) {
-  for (size_t panel = 0; panel < panels.count; ++panel) {
-    const auto body = [&](size_t row, auto count) {
-      const Output place{out.data + row * out.stride + panel * PANEL_ROWS, out.stride};
-      fast_panel<S, decltype(count)::value>(m, panels.first + panel, a, first_row + row, place);
-    };
-    if constexpr (FAST_ROWS == 8) by_tiles<8, 4, 2, 1>(0, rows, body);
-    else if constexpr (FAST_ROWS == 4) by_tiles<4, 2, 1>(0, rows, body);
-    else by_tiles<2, 1>(0, rows, body);
-  }
+  size_t panel = 0;
+  // two panels share each number that is spread over a register; what 6 rows leave is taken one panel at a time
+  if constexpr (FAST_PANELS == 2)
+    if (rows > FEW_ROWS)
+      for (; panel + 2 <= panels.count; panel += 2) {
+        size_t row = 0;
+        for (; row + 6 <= rows; row += 6)
+          fast_panels<S, 6, 2>(m, panels.first + panel, a, first_row + row, {out.data + row * out.stride + panel * PANEL_ROWS, out.stride});
+        for (size_t p = panel; p < panel + 2; ++p)
+          fast_panel<S>(m, panels.first + p, a, first_row + row, rows - row, {out.data + row * out.stride + p * PANEL_ROWS, out.stride});
+      }
+  for (; panel < panels.count; ++panel)
+    fast_panel<S>(m, panels.first + panel, a, first_row, rows, {out.data + panel * PANEL_ROWS, out.stride});
 }
 
 void fast(const Matrix& m, Panels panels, const Activations& a, size_t first_row, size_t rows, Output out) {

@@ -1,5 +1,5 @@
 // 16 rows at once with AVX2, FMA and F16C, and AVX-VNNI where VL2_VNNI is 1. Names as in simd_scalar.h.
-constexpr int TILE_ROWS = 6, TILE_PANELS = 1, FAST_ROWS = 2;
+constexpr int TILE_ROWS = 6, TILE_PANELS = 1, FAST_ROWS = 2, FAST_PANELS = 1;
 constexpr unsigned FAST_SCHEMES = 1u << int(Scheme::int4) | unsigned(VL2_VNNI) << int(Scheme::int8);
 constexpr bool SIGNED_CODES = false;
 
@@ -66,7 +66,7 @@ inline Codes bytes(Codes codes) {
   const __m256i flip = _mm256_set1_epi8(-128);
   return {_mm256_xor_si256(codes.a, flip), _mm256_xor_si256(codes.b, flip)};
 }
-inline Dots no_dots() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Dots first_dots(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline __m256i four(const int8_t* x) {
   int32_t word;
   __builtin_memcpy(&word, x, 4);

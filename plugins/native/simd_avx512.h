@@ -1,5 +1,5 @@
 // 16 rows at once with AVX-512 (F, BW, VL, DQ), and VNNI where VL2_VNNI is 1. Names as in simd_scalar.h.
-constexpr int TILE_ROWS = 12, TILE_PANELS = 2, FAST_ROWS = 8;
+constexpr int TILE_ROWS = 12, TILE_PANELS = 2, FAST_ROWS = 8, FAST_PANELS = 2;
 constexpr unsigned FAST_SCHEMES = 1u << int(Scheme::int4) | unsigned(VL2_VNNI) << int(Scheme::int8);
 constexpr bool SIGNED_CODES = false;
 
@@ -44,18 +44,18 @@ inline Floats int8_at(Codes codes) {
 inline Codes low(Codes codes) { return {_mm512_and_si512(codes.v, _mm512_set1_epi8(15))}; }
 inline Codes high(Codes codes) { return low({_mm512_srli_epi32(codes.v, 4)}); }
 inline Codes bytes(Codes codes) { return {_mm512_xor_si512(codes.v, _mm512_set1_epi8(-128))}; }
-inline Dots no_dots() { return {_mm512_setzero_si512()}; }
 inline __m512i four(const int8_t* x) {
   int32_t word;
   __builtin_memcpy(&word, x, 4);
   return _mm512_set1_epi32(word);
 }
 #if VL2_VNNI
+// sums begin with the offset, which saves an addition
+inline Dots first_dots(int32_t offset) { return {_mm512_set1_epi32(offset)}; }
 inline Dots dot(Dots sum, Codes codes, const int8_t* x) { return {_mm512_dpbusd_epi32(sum.v, codes.v, four(x))}; }
-inline Floats finish(Dots sum, int32_t offset) {
-  return {_mm512_cvtepi32_ps(_mm512_add_epi32(sum.v, _mm512_set1_epi32(offset)))};
-}
+inline Floats finish(Dots sum, int32_t) { return {_mm512_cvtepi32_ps(sum.v)}; }
 #else
+inline Dots first_dots(int32_t) { return {_mm512_setzero_si512()}; }
 // 16-bit sums: a chunk of int4 adds 8 times two products of at most 15 · 127, 30,480 in all
 inline Dots dot(Dots sum, Codes codes, const int8_t* x) {
   return {_mm512_add_epi16(sum.v, _mm512_maddubs_epi16(codes.v, four(x)))};

@@ -1,5 +1,5 @@
 // 16 rows at once with NEON, and its dot products where VL2_DOTPROD is 1. Names as in simd_scalar.h.
-constexpr int TILE_ROWS = 6, TILE_PANELS = 1, FAST_ROWS = 4;
+constexpr int TILE_ROWS = 6, TILE_PANELS = 1, FAST_ROWS = 4, FAST_PANELS = 1;
 constexpr unsigned FAST_SCHEMES = VL2_DOTPROD ? 1u << int(Scheme::int4) | 1u << int(Scheme::int8) : 0;
 constexpr bool SIGNED_CODES = true;
 
@@ -66,7 +66,7 @@ inline Codes high(Codes codes) {
   return codes;
 }
 inline Codes bytes(Codes codes) { return codes; }
-inline Dots no_dots() {
+inline Dots first_dots(int32_t) {
   const int32x4_t none = vdupq_n_s32(0);
   return {none, none, none, none};
 }

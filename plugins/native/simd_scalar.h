@@ -2,7 +2,8 @@
 //
 // Floats: 16 numbers. Codes: 16 rows by 4 bytes. Dots: 16 sums of products of INT8. `code_at` gives column C of 8 (int4) or
 // 4 (int8) as floats, `quads` four columns as bytes for `dot`; `low` and `high` are columns 0 … 3 and 4 … 7 of int4.
-constexpr int TILE_ROWS = 4, TILE_PANELS = 1, FAST_ROWS = 4;
+// `first_dots` begins a sum and `finish` ends it: one of them adds the offset.
+constexpr int TILE_ROWS = 4, TILE_PANELS = 1, FAST_ROWS = 4, FAST_PANELS = 1;
 constexpr unsigned FAST_SCHEMES = 1u << int(Scheme::int4) | 1u << int(Scheme::int8);
 constexpr bool SIGNED_CODES = true;
 
@@ -83,7 +84,7 @@ Codes high(Codes codes) {
   return codes;
 }
 Codes bytes(Codes codes) { return codes; }
-Dots no_dots() { return Dots{}; }
+Dots first_dots(int32_t) { return Dots{}; }
 // Adds four products a row; x: four INT8 codes.
 Dots dot(Dots sum, Codes codes, const int8_t* x) {
   for (int i = 0; i < 16; ++i)

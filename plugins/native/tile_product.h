@@ -140,13 +140,15 @@ inline void panels_product(const Job& job, Panels panels, Workspace& space) {
 
 // The sums as rows of the output; with one scale a row it is only now that they get it.
 inline void write_out(const Workspace& space, const Matrix& m, Panels panels, size_t rows, bool scaled, Output out) {
-  for (size_t p = 0; p < panels.count; ++p) {
-    const Floats scale = scaled ? scale_of(m, panels.first + p, 0) : broadcast(1.0f);
-    for (size_t row = 0; row < rows; ++row) {
+  Floats scales[PANELS];
+  for (size_t p = 0; p < PANELS; ++p)
+    scales[p] = scaled && p < panels.count ? scale_of(m, panels.first + p, 0) : broadcast(1.0f);
+  // a row's panels together: they share cache lines' neighbours and a page
+  for (size_t row = 0; row < rows; ++row)
+    for (size_t p = 0; p < panels.count; ++p) {
       const float* from = &space.sums[row / TILE_ROWS_MOST][p][row % TILE_ROWS_MOST * PANEL_ROWS];
-      store(out.data + row * out.stride + p * PANEL_ROWS, mul(load(from), scale));
+      store(out.data + row * out.stride + p * PANEL_ROWS, mul(load(from), scales[p]));
     }
-  }
 }
 
 template <Scheme S, Form F, int X>
