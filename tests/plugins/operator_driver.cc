@@ -168,7 +168,7 @@ int main() {
     setenv("VL2_CPU_ISA", name.c_str(), 1);
     for (const std::string mode : {"exact", "fast"}) {
       for (const Weight& w : weights)
-        for (int64_t rows : {0, 1, 2, 15, 100}) try_linear(name, w, rows, mode, 1 + size_t(rows) % 3);
+        for (int64_t rows : {0, 1, 2, 15, 40, 100}) try_linear(name, w, rows, mode, 1 + size_t(rows) % 3);
       for (int64_t tokens : {0, 1, 3, 120}) try_experts(name, tokens, mode, 1 + size_t(tokens) % 3);
     }
     std::printf("%s done\n", name.c_str());

@@ -10,7 +10,7 @@ from tests.plugins.operator_session import ISAS, Matrix, error_of, needs_library
 from tests.tolerances import OPERATOR_EXACT, OPERATOR_ROUNDED
 
 pytestmark = needs_library
-FEW_ROWS = 8
+FEWEST_TILED = 32
 
 # Rows, columns, scheme, scales a row: inputs of Tiny, Small, Base, nano and the miniatures, few of their outputs.
 SHAPES = {
@@ -67,11 +67,11 @@ def test_every_instruction_set_computes_the_same(isa, mode, monkeypatch):
 def test_rows_do_not_depend_on_how_many_there_are(mode):
     matrix, x = random_matrix((48, 64), "int4", 2), rows_of(4096, 64)
     session = session_of(matrix, mode)
-    few, many = run(session, x[:FEW_ROWS]), run(session, x)
-    largest, mean = error_of(few, many[:FEW_ROWS])
+    few, many = run(session, x[:FEWEST_TILED - 1]), run(session, x)
+    largest, mean = error_of(few, many[:FEWEST_TILED - 1])
     assert largest <= OPERATOR_EXACT if mode == "exact" else mean <= OPERATOR_ROUNDED
     for count in (1, 2, 5, 11, 12, 13, 95, 96, 97, 257, 1537):
-        whole = few if count <= FEW_ROWS else many
+        whole = few if count < FEWEST_TILED else many
         assert error_of(run(session, x[:count]), whole[:count])[0] <= OPERATOR_EXACT, count
 
 
