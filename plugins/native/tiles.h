@@ -54,11 +54,6 @@ template <int SUM, int A, int B>
 inline __attribute__((always_inline)) void tile_dot_bf16() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B));
 }
-// SUM [16, 16] int32 += A [16, 64] int8 · B int8, whose row i holds columns' fours 4 i … 4 i + 3 of the 64.
-template <int SUM, int A, int B>
-inline __attribute__((always_inline)) void tile_dot_int8() {
-  __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B));
-}
 
 }  // namespace vl2
 #endif
