@@ -61,14 +61,14 @@ def matrix(name: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def numbers(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """float32 of a parameter: ones for norms, small for biases, all else random."""
+    """float32 of a parameter: ones for norms, small for biases, all else random and of float16's precision."""
     if len(shape) == 2:
         codes, scales = matrix(name, shape)
         return codes * scales.astype(np.float32)
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     drawn = rng.standard_normal(shape, np.float32)
     if len(shape) > 1:
-        return drawn * np.float32(np.prod(shape[1:]) ** -0.5)
+        return (drawn * np.float32(np.prod(shape[1:]) ** -0.5)).astype(np.float16).astype(np.float32)
     return np.ones(shape, np.float32) if "norm" in name and name.endswith("weight") else drawn * np.float32(0.02)
 
 

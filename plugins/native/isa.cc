@@ -30,8 +30,8 @@ Leaf leaf7(unsigned part) {
 
 bool has_avxvnni() { return (leaf7(1).a & 1u << 4) != 0; }
 
-// Bfloat16 in vectors, tiles, their products of bfloat16, registers that the system saves, and its permission: Linux gives the large
-// registers to processes that ask (since 5.16), for all threads, present and to come.
+// Bfloat16 in vectors, tiles, their products of bfloat16, registers that the system saves, and its permission: Linux gives
+// the large registers to processes that ask (since 5.16), for all threads, present and to come.
 bool has_amx() {
   constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24, ALL = BF16 | TILE;
   constexpr unsigned SAVED = 1u << 17 | 1u << 18;  // XTILECFG, XTILEDATA in XCR0

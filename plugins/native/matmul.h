@@ -235,11 +235,12 @@ inline void fast_as(const Matrix& m, Panels panels, const Activations& a, size_t
   if constexpr (FAST_PANELS == 2)
     if (rows > FEW_ROWS)
       for (; panel + 2 <= panels.count; panel += 2) {
-        size_t row = 0;
-        for (; row + 6 <= rows; row += 6)
-          fast_panels<S, 6, 2>(m, panels.first + panel, a, first_row + row, {out.data + row * out.stride + panel * PANEL_ROWS, out.stride});
-        for (size_t p = panel; p < panel + 2; ++p)
-          fast_panel<S>(m, panels.first + p, a, first_row + row, rows - row, {out.data + row * out.stride + p * PANEL_ROWS, out.stride});
+        Output place{out.data + panel * PANEL_ROWS, out.stride};
+        const size_t whole = rows / 6 * 6, first = panels.first + panel;
+        for (size_t row = 0; row < whole; row += 6, place.data += 6 * out.stride)
+          fast_panels<S, 6, 2>(m, first, a, first_row + row, place);
+        fast_panel<S>(m, first, a, first_row + whole, rows - whole, place);
+        fast_panel<S>(m, first + 1, a, first_row + whole, rows - whole, {place.data + PANEL_ROWS, out.stride});
       }
   for (; panel < panels.count; ++panel)
     fast_panel<S>(m, panels.first + panel, a, first_row, rows, {out.data + panel * PANEL_ROWS, out.stride});
