@@ -18,7 +18,7 @@ from typing import Any
 
 from vl2.errors import VL2Error
 from vl2.plugins.tensorrt.flavour import RTX, library_environment, load_tensorrt, logger_of
-from vl2.plugins.tensorrt.plugin import register_plugins
+from vl2.plugins.tensorrt.plugin import load_plugins, register_plugins
 
 _GPUS = "TensorRT-RTX is for GeForce and RTX GPUs from 7.5 on; Jetson boards take TensorRT, on the board"
 _EXPORT = "export the bundle again with this vl2"
@@ -29,7 +29,8 @@ Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 @dataclass(frozen=True)
 class EngineJob:
     """onnx, out: paths; capabilities: compute capabilities such as "8.6" for TensorRT-RTX, none for TensorRT; profiles:
-    of each, the ranges of the inputs with dynamic sides; on_this_gpu: whether the capability is of the GPU here."""
+    of each, the ranges of the inputs with dynamic sides; on_this_gpu: whether the capability is of the GPU here;
+    plugin_library: the C++ host (`vl2.plugins.tensorrt.host`) in the place of the Python one."""
 
     onnx: str
     out: str
@@ -37,6 +38,7 @@ class EngineJob:
     capabilities: tuple[str, ...] = ()
     profiles: tuple[dict[str, Range], ...] = ()
     on_this_gpu: bool = False
+    plugin_library: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,11 @@ def build(job: EngineJob) -> EngineFacts:
     """Builds in this process. Raises VL2Error."""
     start, trt = time.monotonic(), load_tensorrt(job.flavour)
     logger, refused = logger_of(trt), []
-    register_plugins(trt, refused)
     builder = trt.Builder(logger)
+    if job.plugin_library:
+        load_plugins(trt, job.plugin_library)
+    else:
+        register_plugins(trt, refused)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(job.onnx):

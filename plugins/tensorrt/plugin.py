@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,13 @@ def register_plugins(trt: Any, errors: list[VL2Error]) -> None:
             if not registry.register_creator(creator, NAMESPACE):
                 raise VL2Error(f"TensorRT {trt.__version__} does not take the plugin vl2::{operator.name}",
                                "another library has registered one of this name")  # fmt: skip
+
+
+def load_plugins(trt: Any, library: str) -> None:
+    """Takes the C++ host's creators in the place of these. Raises VL2Error where TensorRT does not load the file."""
+    if not Path(library).is_file() or trt.get_plugin_registry().load_library(library) is None:
+        raise VL2Error(f"TensorRT {trt.__version__} does not load the plugins of {library}",
+                       "make it again: python -m vl2.plugins.tensorrt.host")  # fmt: skip
 
 
 # The registry holds no reference of its own.
