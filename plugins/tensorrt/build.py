@@ -12,13 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vl2.errors import VL2Error
 from vl2.plugins.tensorrt.flavour import RTX, library_environment, load_tensorrt, logger_of
-from vl2.plugins.tensorrt.plugin import load_plugins, register_plugins
+from vl2.plugins.tensorrt.plugin import load_plugins, register_plugins, told_by
 
 _GPUS = "TensorRT-RTX is for GeForce and RTX GPUs from 7.5 on; Jetson boards take TensorRT, on the board"
 _EXPORT = "export the bundle again with this vl2"
@@ -74,25 +75,31 @@ def build_apart(job: EngineJob) -> EngineFacts:
 def build(job: EngineJob) -> EngineFacts:
     """Builds in this process. Raises VL2Error."""
     start, trt = time.monotonic(), load_tensorrt(job.flavour)
-    logger, refused = logger_of(trt), []
+    logger, refused = logger_of(trt), _register(trt, job)
     builder = trt.Builder(logger)
-    if job.plugin_library:
-        load_plugins(trt, job.plugin_library)
-    else:
-        register_plugins(trt, refused)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(job.onnx):
         said = [parser.get_error(number).desc() for number in range(parser.num_errors)]
-        raise _refusal(job, "does not parse", refused, [*logger.errors, *said])
+        raise _refusal(job, "does not parse", refused(), [*logger.errors, *said])
     config = _config(trt, builder, job, logger)
     plan = builder.build_serialized_network(network, config)
-    if plan is None or refused:
-        raise _refusal(job, "cannot build", refused, logger.errors, _hint(job))
+    if plan is None or refused():
+        raise _refusal(job, "cannot build", refused(), logger.errors, _hint(job))
     _write(Path(job.out), plan)
     seconds = round(time.monotonic() - start, 2)
     said = tuple(logger.warnings[:20])
     return EngineFacts(trt.__version__, plan.nbytes, seconds, _peak_bytes(), network.num_layers, said)
+
+
+def _register(trt: Any, job: EngineJob) -> Callable[[], list[VL2Error]]:
+    """Plugins of the host that the job names, and a function that says what they have refused."""
+    if job.plugin_library:
+        load_plugins(trt, job.plugin_library)
+        return lambda: told_by(job.plugin_library)
+    refused: list[VL2Error] = []
+    register_plugins(trt, refused)
+    return lambda: refused
 
 
 def _peak_bytes() -> int:

@@ -5,6 +5,7 @@ Only names that all these versions have (`tests/plugins/tensorrt/test_api.py` ch
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -40,6 +41,14 @@ def load_plugins(trt: Any, library: str) -> None:
     if not Path(library).is_file() or trt.get_plugin_registry().load_library(library) is None:
         raise VL2Error(f"TensorRT {trt.__version__} does not load the plugins of {library}",
                        "make it again: python -m vl2.plugins.tensorrt.host")  # fmt: skip
+
+
+def told_by(library: str) -> list[VL2Error]:
+    """What the C++ host's plugins refused first, where they have refused anything."""
+    said = ctypes.CDLL(library).vl2_plugin_error
+    said.restype = ctypes.c_char_p
+    message, _, hint = said().decode().partition("\n")
+    return [VL2Error(message, hint or None)] if message else []
 
 
 # The registry holds no reference of its own.

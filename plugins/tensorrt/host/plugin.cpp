@@ -2,6 +2,7 @@
 // workspace, so that engines which one host built run with the other. Compiled on the device: host.py beside this folder.
 #include <NvInfer.h>
 
+#include <cstdio>
 #include <cstring>
 
 #include "driver.h"
@@ -13,15 +14,19 @@ namespace vl2 {
 namespace {
 
 ILoggerFinder* finder = nullptr;
+std::mutex telling;
+std::string told;
 
-// TensorRT says no more than that a plugin failed; its logger gets the reason.
+// TensorRT says no more than that a plugin failed: its logger gets the reason or, as TensorRT-RTX 1.7 hands none on,
+// standard error; vl2_plugin_error has what was refused first.
 void tell(const std::exception& error) noexcept {
-  ILogger* logger = finder ? finder->findLogger() : nullptr;
-  if (logger == nullptr) return;
   const auto* refused = dynamic_cast<const Refused*>(&error);
-  std::string words = error.what();
-  if (refused) words += " (" + refused->hint + ")";
-  logger->log(ILogger::Severity::kERROR, words.c_str());
+  const std::string words = std::string(error.what()) + (refused ? "\n" + refused->hint : "");
+  ILogger* logger = finder ? finder->findLogger() : nullptr;
+  if (logger) logger->log(ILogger::Severity::kERROR, words.c_str());
+  else std::fprintf(stderr, "vl2: %s\n", words.c_str());
+  const std::lock_guard<std::mutex> lock(telling);
+  if (told.empty()) told = words;
 }
 
 // What `work` gives, or `failed` where it throws.
@@ -277,6 +282,9 @@ VL2_EXPORT IPluginCreatorInterface* const* getCreators(int32_t& count) {
   count = static_cast<int32_t>(pointers.size());
   return pointers.data();
 }
+
+// Why a call failed, and how to mend it in the next line; empty where none has.
+VL2_EXPORT const char* vl2_plugin_error() { return vl2::told.c_str(); }
 
 // What a bundle's manifest has as `kernels` of the engines that this library runs.
 VL2_EXPORT const char* vl2_plugin_hash() { return VL2_PLUGIN_HASH; }

@@ -1,0 +1,105 @@
+"""Engines that TensorRT-RTX builds with the plugins of the C++ host are those of the Python host, byte for byte.
+
+That covers what TensorRT asks a plugin while it builds: types, shapes, formats, aliases, scratch, fields.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.plugins.tensorrt.conftest import LINEAR, LINEAR_INPUTS
+from tests.plugins.tensorrt.played_host import compile_test_host
+from tests.plugins.tensorrt.test_build import TOKENS
+from tests.plugins.tensorrt.test_operators import EXPERTS
+from tests.plugins.tensorrt.test_serialized_fields import INPUTS
+from tests.plugins.tensorrt.test_serialized_fields import TOKENS as EXPERTS_TOKENS
+from vl2.errors import VL2Error
+from vl2.manifest import read_manifest
+from vl2.plugins.tensorrt.build import EngineJob, build_apart
+from vl2.plugins.tensorrt.engines import EngineSizes, profiles
+from vl2.plugins.tensorrt.host import main
+
+NANO = Path(__file__).parents[3] / "nano/checkpoint"
+MLA = Path(__file__).parents[3] / "nano/checkpoint-mla"
+SIZES = EngineSizes(context=512, prefill_chunk=128, tiles=4)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> str:
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not on this machine")
+    return str(compile_test_host(tmp_path_factory.mktemp("library"), "sm_89"))
+
+
+def both_engines(job: EngineJob, library: str) -> tuple[bytes, bytes]:
+    """Of the Python and of the C++ host."""
+    build_apart(job)
+    first = Path(job.out).read_bytes()
+    build_apart(replace(job, plugin_library=library))
+    return first, Path(job.out).read_bytes()
+
+
+def test_a_layer_of_all_forms_builds_to_the_same_bytes(rtx: str, one_node, library: str) -> None:
+    path = one_node("Experts", EXPERTS, INPUTS)
+    python, cpp = both_engines(EngineJob(path, f"{path}.engine", rtx, ("8.9",), EXPERTS_TOKENS), library)
+    assert python == cpp
+
+
+@pytest.mark.parametrize("checkpoint", [NANO, MLA], ids=["nano", "nano-mla"])
+def test_the_decoder_of_nano_builds_to_the_same_bytes(rtx: str, bundle_of, library, tmp_path, checkpoint: Path) -> None:
+    bundle = bundle_of(checkpoint, "fp16", "trt")
+    graph = read_manifest(bundle).graphs["decoder"]
+    job = EngineJob(str(bundle / graph.file), str(tmp_path / "engine"), rtx, ("8.9",), profiles("decoder", graph, SIZES))
+    python, cpp = both_engines(job, library)
+    assert python == cpp and len(python) > 100_000
+
+
+@pytest.mark.parametrize("variant, scheme", [("tiny", "int4"), ("small", "int4")])
+def test_a_layer_of_published_size_builds_to_the_same_bytes(rtx, library, tmp_path, variant: str, scheme: str) -> None:
+    """Weights are inputs, so the graph needs none: Tiny's attention and Small's over latents, a dense and a MoE layer."""
+    import onnx_ir
+
+    from benchmarks.engine_build import shortened, storing_for
+    from vl2.export.engine_graph import build_engine_graph, engine_graphs
+    from vl2.export.graphs import declare_graphs
+    from vl2.export.passes.store_weights import DataFile
+
+    config = shortened(variant, 2, 1)
+    storing = storing_for(config, scheme)
+    graph = engine_graphs(declare_graphs(config, storing.kv_cache))["decoder"]
+    model, _ = build_engine_graph("decoder", config, DataFile(graph.data_file, storing))
+    model.ir_version = 10
+    onnx_ir.save(model, tmp_path / graph.file)
+    job = EngineJob(str(tmp_path / graph.file), str(tmp_path / "engine"), rtx, ("8.9",), profiles("decoder", graph, SIZES))
+    python, cpp = both_engines(job, library)
+    assert python == cpp and len(python) > 1_000_000
+
+
+@pytest.mark.parametrize("attributes, inputs, told", [
+    ({**LINEAR, "group_size": 24}, LINEAR_INPUTS, "groups of 24 in rows of 128"),
+    (LINEAR, {**LINEAR_INPUTS, "weight_scale": ("float32", [64, 4])},
+     "input 2 of vl2::Linear, `weight_scale`, is float32, expected float16"),
+    ({name: LINEAR[name] for name in ("N", "K", "scheme")}, LINEAR_INPUTS, "no attribute `group_size`"),
+])  # fmt: skip
+def test_what_the_cpp_host_refuses_ends_the_build_in_its_words(rtx, one_node, library, attributes, inputs, told) -> None:  # noqa: PLR0913
+    path = one_node("Linear", attributes, inputs)
+    with pytest.raises(VL2Error) as caught:
+        build_apart(EngineJob(path, f"{path}.engine", rtx, ("8.9",), TOKENS, plugin_library=library))
+    assert told in caught.value.message and caught.value.hint
+
+
+def test_a_library_that_is_none_is_named(rtx: str, one_node, tmp_path: Path) -> None:
+    path = one_node("Linear", LINEAR, LINEAR_INPUTS)
+    for library in (tmp_path / "absent.so", Path(path)):
+        with pytest.raises(VL2Error, match=library.name):
+            build_apart(EngineJob(path, f"{path}.engine", rtx, ("8.9",), TOKENS, plugin_library=str(library)))
+
+
+def test_without_headers_the_command_says_where_it_looked(tmp_path: Path, capsys) -> None:
+    assert main(["sm_87", "--headers", str(tmp_path), "--out", str(tmp_path / "made.so")]) == 1
+    said = capsys.readouterr().err
+    assert f"no NvInfer.h in {tmp_path}" in said and "libnvinfer-headers-dev" in said
