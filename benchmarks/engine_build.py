@@ -1,9 +1,9 @@
 """Builds engines of published sizes without their weights: seconds, engine bytes and peak memory of the builder.
 
-    python benchmarks/engine_build.py tiny --layers 2 --scheme int4 [--capability 8.6 …] [--vision 27]
+    python benchmarks/engine_build.py tiny --layers 2 --scheme int4 [--capability 8.6 …] [--vision 27 [--vision-int8]]
 
 The decoder's weights are inputs, so that its engine needs none. The tower's are random numbers: of zeros an engine
-keeps one copy. `--layers 2` keeps the first, dense layer and one MoE layer; 0 keeps all.
+keeps one copy. `--vision-int8` has INT8 matrices in it, a scale a row. `--layers 2` keeps the first, dense layer and one MoE layer; 0 keeps all.
 """
 
 from __future__ import annotations
@@ -43,10 +43,13 @@ def shortened(variant: str, layers: int, vision_layers: int) -> ModelConfig:
     return ModelConfig.from_dict(values)
 
 
-def storing_for(config: ModelConfig, scheme: str) -> Storing:
+def storing_for(config: ModelConfig, scheme: str, vision_int8: bool = False) -> Storing:
     """Forms by parameter as the recipe would choose them."""
     shapes = parameter_shapes(config)
     storing = Storing("fp16", TRT, shapes, kv_cache="float16")
+    if vision_int8:
+        matrices = [name for name in shapes if name.startswith("vision.") and storing._is_multiplied(name)]
+        return replace(storing, forms=dict.fromkeys(matrices, Form(8, None)), scales=dict.fromkeys(matrices, FLOAT16))
     if scheme == "fp16":
         return storing
     matrices = [name for name in shapes if name.startswith("language.") and storing._is_multiplied(name)]
@@ -59,8 +62,8 @@ def _largest_group(columns: int) -> Form:
 
 
 def fill(path: Path, size: int) -> None:
-    """Random float16 numbers, repeated after a length that no tensor has."""
-    block = np.random.default_rng(0).normal(scale=0.02, size=7_999_993).astype(np.float16).tobytes()
+    """Random positive float16 numbers, as scales have to be, repeated after a length that no tensor has."""
+    block = (np.abs(np.random.default_rng(0).normal(scale=0.02, size=7_999_993)) + 1e-3).astype(np.float16).tobytes()
     with path.open("wb") as stream:
         while stream.tell() < size:
             stream.write(block[: size - stream.tell()])
@@ -89,12 +92,14 @@ def main() -> None:
     parser.add_argument("--scheme", choices=("fp16", "int4"), default="int4")
     parser.add_argument("--capability", nargs="+", default=["8.6"])
     parser.add_argument("--vision", type=int, default=0, metavar="LAYERS", help="the tower, and not the decoder")
+    parser.add_argument("--vision-int8", action="store_true", help="with INT8 matrices")
     given = parser.parse_args()
     config = shortened(given.variant, given.layers, given.vision or 1)
-    storing = storing_for(config, given.scheme)
+    storing = storing_for(config, given.scheme, given.vision_int8)
     for capability in given.capability:
         facts = build("vision" if given.vision else "decoder", config, storing, capability)
-        asked = {"variant": given.variant, "decoder_layers": given.layers, "tower_layers": given.vision}
+        asked = {"variant": given.variant, "decoder_layers": given.layers, "tower_layers": given.vision,
+                 "tower": "int8" if given.vision_int8 else "fp16"}  # fmt: skip
         print(json.dumps({**asked, "scheme": given.scheme, "capability": capability, **facts}), flush=True)
 
 

@@ -31,7 +31,8 @@ class EmulatedSession:
 
     def __init__(self, path: Path, weights: Path | None = None):
         self._weights = {} if weights is None else map_weights(weights)
-        operators = [Experts, Attention, LatentAttention, Linear, MatMul, Gemm, Conv, Gelu, LayerNormalization]
+        operators = [Experts, Attention, LatentAttention, Linear, DequantizeLinear, MatMul, Gemm, Conv, Gelu,
+                     LayerNormalization]  # fmt: skip
         self._evaluator = ReferenceEvaluator(str(path), new_ops=operators)
 
     def run(self, names: None, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -116,6 +117,12 @@ class Linear(_Plugin):
         blocks = [slice(start, start + _BLOCK_ROWS) for start in range(0, len(packed), _BLOCK_ROWS)]
         parts = [F.linear(wide, dequantize(packed[rows], scale[rows], scheme)) for rows in blocks]
         return (_half(torch.cat(parts, dim=-1)),)
+
+
+class DequantizeLinear(OpRun):
+    def _run(self, codes, scale, axis=None, **_):
+        assert axis == codes.ndim - 1 and scale.ndim == 1, "the lowering writes a scale a column only"
+        return ((_wide(codes) * _wide(scale)).numpy().astype(scale.dtype),)
 
 
 class MatMul(OpRun):

@@ -1,7 +1,8 @@
-"""How quantized matrices are stored for engines: rows as quantized checkpoints have them, read by kernels as they lie.
+"""How quantized matrices are stored for engines. For kernels: rows as quantized checkpoints have them, read by kernels as they lie.
 
 INT4 [.., N, K] → bytes [.., N, K/2]: byte j of a row holds code 2j + 8 at its low end and code 2j + 1 + 8 above it, so
 that a little-endian int32 holds 8 codes, the lowest nibble first. INT8: the codes. Scales: float16 [.., N, K / group].
+For TensorRT's own products, those of the tower: INT8 codes [K, N] and a float16 scale a column [N].
 """
 
 from __future__ import annotations
@@ -55,6 +56,23 @@ class RowStorage(PackedStorage):
             return numbers.to(FLOAT16.torch_dtype) if self.part == SCALES else numbers
         unsigned = (numbers + 8).byte()
         return unsigned[..., 0::2] | unsigned[..., 1::2] << 4
+
+
+@dataclass(frozen=True)
+class ColumnStorage(PackedStorage):
+    """INT8 codes of a matrix [N, K] as [K, N], or the scales of its columns [N]: what DequantizeLinear of opset 20 and
+    TensorRT read beside a MatMul, a scale a column."""
+
+    def shape_of(self, shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+        """As `PackedStorage.shape_of`, without the side of one number that scales have there."""
+        return (*shape[:axis], *shape[axis + 1:]) if self.part == SCALES else shape
+
+
+def column_storage(shape: tuple[int, ...], form: Form) -> list[ColumnStorage]:
+    """Codes and float16 scales of a matrix with one scale a row."""
+    packing = Packing(form, shape[-1])
+    assert form.bits == 8 and packing.groups == 1, f"{form.describe()} has no scale a column"
+    return [ColumnStorage(CODES, packing, FLOAT16), ColumnStorage(SCALES, packing, FLOAT16)]
 
 
 def row_storage(parameter: str, shape: tuple[int, ...], form: Form, scale: Storage) -> list[RowStorage]:

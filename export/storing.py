@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vl2.errors import VL2Error
-from vl2.export.engine_storage import row_storage
+from vl2.export.engine_storage import column_storage, row_storage
 from vl2.export.graphs import KV_CACHES
 from vl2.export.native_storage import NativeStorage, native_storage
 from vl2.export.packed_storage import (
@@ -31,6 +31,7 @@ MULTIPLY = "multiply"  # Cast, then Mul by the scales: for matrices that many ro
 NBITS = "nbits"  # com.microsoft MatMulNBits
 NATIVE = "native"  # the operator library of plugins/
 ROWS = "rows"  # the plugins of engines
+COLUMNS = "columns"  # DequantizeLinear of a transposed matrix, which TensorRT multiplies by
 
 _EMBEDDINGS = "language.embed_tokens.weight"
 # Not a Linear in the graph: read by head, as W_k and W_v, in a batched MatMul.
@@ -62,12 +63,19 @@ class Storing:
         if self.lowering == PORTABLE or parameter == _EMBEDDINGS:
             return DEQUANTIZE
         if self.lowering == TRT:
-            return FLOATS if parameter.startswith(_MANY_ROWS) or parameter.endswith(_BY_HEAD) else ROWS
+            return self._engine_use(parameter, form)
         if parameter.endswith(_BY_HEAD):
             return FLOATS
         if form.bits == 8 and parameter.startswith(_MANY_ROWS):
             return MULTIPLY
         return DEQUANTIZE if block_for(form, self.shapes[parameter][-1]) is None else NBITS
+
+    def _engine_use(self, parameter: str, form: Form) -> str:
+        """Of the tower, TensorRT's own products take INT8 with a float16 scale a row; the plugins take all else."""
+        if not parameter.startswith(_MANY_ROWS):
+            return FLOATS if parameter.endswith(_BY_HEAD) else ROWS
+        whole = Packing(form, self.shapes[parameter][-1]).groups == 1 and self._is_multiplied(parameter)
+        return COLUMNS if whole and form.bits == 8 and self.scales.get(parameter, FLOAT16) == FLOAT16 else FLOATS
 
     def _is_multiplied(self, parameter: str) -> bool:
         """Whether a parameter is the matrix of a Linear, or a stack of them, and nothing else."""
@@ -89,6 +97,8 @@ class Storing:
             # codes times scales have up to 19 bits, which float16 does not hold
             return [FLOAT32 if parameter in self.forms else storage_of(parameter, shape, self.scheme)]
         form, scales = self.forms[parameter], self.scales.get(parameter, FLOAT16)
+        if use == COLUMNS:
+            return column_storage(shape, form)
         if use == ROWS:
             return row_storage(parameter, shape, form, scales)
         if use == NBITS:

@@ -43,7 +43,7 @@ _DECODER = Precision(
     untouched={"Experts": frozenset(range(1, 32)), **{name: frozenset(map(inputs.index, _TABLES))
                                                 for name, inputs in _ATTENTIONS.items()}},
 )  # fmt: skip
-_VISION = Precision(half=frozenset({"MatMul", "Conv"}), following=frozenset({"Softmax", "Gelu", "Mul", "Add"}))
+_VISION = Precision(half=frozenset({"MatMul", "Conv", "DequantizeLinear"}), following=frozenset({"Softmax", "Gelu", "Mul", "Add"}))
 
 
 @dataclass(frozen=True)
@@ -133,14 +133,18 @@ def _as_inputs(graph: ir.Graph, weights: _Weights) -> list[PlacedWeight]:
 
 
 class _ConstantLinear:
-    """MatMul by the transposed matrix and Add: what TensorRT fuses with what is around it."""
+    """MatMul by the transposed matrix and Add: what TensorRT fuses with what is around it. INT8 codes stay codes, which
+    DequantizeLinear multiplies by a scale a column."""
 
     def __init__(self, weights: _Weights) -> None:
         self._weights = weights
 
     def __call__(self, scope: Scope, node: ir.Node) -> ir.Value:
         x, weight, bias = (*node.inputs, None)[:3]
-        y = scope.op("MatMul", [x, self._weights.transposed(weight)])
+        matrix = self._weights.transposed(weight)
+        if self._weights.is_packed(matrix):
+            matrix = _float(scope.op("DequantizeLinear", self._weights.parts(matrix), axis=1))
+        y = scope.op("MatMul", [x, matrix])
         return _float(y if bias is None else scope.op("Add", [_float(y), bias]))
 
 

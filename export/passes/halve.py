@@ -127,5 +127,6 @@ def _output_type(node: ir.Node, wanted: ir.DataType | None, value: ir.Value) -> 
     if node.op_type == "Constant":
         tensor = ir.convenience.get_const_tensor(value)
         return None if tensor is None else tensor.dtype
-    first = node.inputs[0].dtype
+    # codes come first; the result has the type of the scales
+    first = node.inputs[1 if node.op_type == "DequantizeLinear" else 0].dtype
     return wanted if first in (FLOAT, HALF) else value.dtype or first

@@ -182,13 +182,8 @@ class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBui
 
   int32_t onShapeChange(const PluginTensorDesc*, int32_t, const PluginTensorDesc*, int32_t) noexcept override { return 0; }
 
-  // Kernels are loaded here, which may synchronize, and not while a step is captured.
-  IPluginV3* attachToContext(IPluginResourceContext*) noexcept override {
-    return guarded<IPluginV3*>(nullptr, [&] {
-      Kernels::current();
-      return new Plugin(made_, given_);
-    });
-  }
+  // TensorRT-RTX attaches plugins while it builds, where there need be no GPU: kernels are loaded by the first run.
+  IPluginV3* attachToContext(IPluginResourceContext*) noexcept override { return clone(); }
 
   const PluginFieldCollection* getFieldsToSerialize() noexcept override { return &collection_; }
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,11 +193,15 @@ def test_types_formats_and_aliases_are_the_operators(host, name: str) -> None:
     assert host.driver.output_types(plugin, made, len(made), given, len(given)) != 0
 
 
-def test_a_failed_launch_fails_the_run(host) -> None:
-    attributes, shapes = CASES["Linear"]
-    host.on_launch(lambda *_: 700)
+def run_linear(host: PlayedHost) -> int:
+    attributes = CASES["Linear"][0]
     arrays = {"x": np.zeros((1, 2, 128), np.float16), "weight": np.zeros(1), "weight_scale": np.zeros(1), "y": np.zeros(1)}
-    assert host.enqueue(host.plugin("Linear", attributes), "Linear", attributes, arrays) != 0
+    return host.enqueue(host.plugin("Linear", attributes), "Linear", attributes, arrays)
+
+
+def test_a_failed_launch_fails_the_run(host) -> None:
+    host.on_launch(lambda *_: 700)
+    assert run_linear(host) != 0
     host.host.vl2_plugin_error.restype = ctypes.c_char_p
     assert host.host.vl2_plugin_error()
 
@@ -210,16 +217,31 @@ def test_the_library_knows_which_engines_it_runs(host) -> None:
     assert host.host.vl2_plugin_hash().decode() == plugin_hash()
 
 
-def test_without_a_context_no_plugin_is_attached(host) -> None:
+def test_without_a_context_nothing_is_launched(host) -> None:
+    host.on_launch(lambda *_: pytest.fail("launched"))
     flag = ctypes.c_int.in_dll(host.cuda, "without_context")
     flag.value = 1
     try:
-        assert host.plugin("Linear", CASES["Linear"][0]) is None
+        assert run_linear(host) != 0
     finally:
         flag.value = 0
 
 
 def test_kernels_of_this_gpu_are_loaded(host) -> None:
-    host.plugin("Linear", CASES["Linear"][0])
+    host.on_launch(lambda *_: 0)
+    assert run_linear(host) == 0
     image = ctypes.c_void_p.in_dll(host.cuda, "loaded_image").value
     assert ctypes.string_at(image) == b"kernels of sm_86"
+
+
+@pytest.mark.parametrize("major, minor, told", [(8, 9, "has kernels for sm_86, and the GPU is sm_89"), (8, 6, "")])
+def test_kernels_of_another_gpu_are_refused_by_name(tmp_path, major: int, minor: int, told: str) -> None:
+    """In a process of its own: a library keeps the kernels of a context that it has once seen."""
+    code = ("import ctypes, sys; from pathlib import Path; from tests.plugins.tensorrt.played_host import PlayedHost;"
+            "from tests.plugins.tensorrt.test_host import run_linear; host = PlayedHost(Path(sys.argv[1]));"
+            "host.on_launch(lambda *_: 0);"
+            "[setattr(ctypes.c_int.in_dll(host.cuda, name), 'value', int(value)) for name, value in"
+            " zip(('major', 'minor'), sys.argv[2:])]; sys.exit(run_linear(host))")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(major), str(minor)], capture_output=True,
+                          text=True, cwd=Path(__file__).parents[3])  # fmt: skip
+    assert (done.returncode != 0) == bool(told) and told in done.stderr, done.stderr

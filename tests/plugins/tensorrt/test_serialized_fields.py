@@ -23,14 +23,19 @@ INPUTS = {
 TOKENS = ({"x": ((1, 64), (4, 64), (512, 64)), "logits": ((1, 8), (4, 8), (512, 8))},)
 
 
-def serialized_fields(engine: bytes, first: str, kinds: dict[str, int]) -> dict[str, object]:
+def begin_of(first: str) -> bytes:
+    """How the fields of a plugin begin in an engine, by the name of the first."""
+    return struct.pack("<I", len(first) + 1) + first.encode() + b"\0"
+
+
+def serialized_fields(engine: bytes, place: int, count: int, kinds: dict[str, int]) -> dict[str, object]:
     """The fields of one plugin in an engine of TensorRT-RTX 1.7: length and name, type, length and value of each.
 
-    first: the name of the first field; kinds: TensorRT's numbers of the types `str`, `int` and `float`.
+    place: where they begin; kinds: TensorRT's numbers of the types `str`, `int` and `float`.
     """
-    place, found = engine.index(struct.pack("<I", len(first) + 1) + first.encode() + b"\0"), {}
-    while 1 < (size := struct.unpack_from("<I", engine, place)[0]) < 40:
-        name = engine[place + 4:place + 4 + size].rstrip(b"\0").decode()
+    found = {}
+    while len(found) < count and 1 < (size := struct.unpack_from("<I", engine, place)[0]) < 40:
+        name = engine[place + 4:place + 4 + size].rstrip(b"\0").decode(errors="replace")
         kind, length = struct.unpack_from("<II", engine, place + 4 + size)
         place += 12 + size
         if kind == kinds["str"]:
@@ -42,11 +47,16 @@ def serialized_fields(engine: bytes, first: str, kinds: dict[str, int]) -> dict[
     return found
 
 
+def kinds_of(rtx: str) -> dict[str, int]:
+    """For `serialized_fields`."""
+    types = load_tensorrt(rtx).PluginFieldType
+    return {"str": int(types.CHAR), "int": int(types.INT32), "float": int(types.FLOAT32)}
+
+
 def test_the_attributes_in_a_built_engine_are_those_of_the_graph(rtx: str, one_node) -> None:
     """TensorRT reads the fields after `get_fields_to_serialize` has returned."""
     path = one_node("Experts", EXPERTS, INPUTS)
     build_apart(EngineJob(path, f"{path}.engine", rtx, ("8.9",), TOKENS))
-    types = load_tensorrt(rtx).PluginFieldType
-    kinds = {"str": int(types.CHAR), "int": int(types.INT32), "float": int(types.FLOAT32)}
-    found = serialized_fields(Path(f"{path}.engine").read_bytes(), next(iter(EXPERTS)), kinds)
+    engine = Path(f"{path}.engine").read_bytes()
+    found = serialized_fields(engine, engine.index(begin_of(next(iter(EXPERTS)))), len(EXPERTS), kinds_of(rtx))
     assert found == {**EXPERTS, "routed_scaling_factor": pytest.approx(EXPERTS["routed_scaling_factor"])}
