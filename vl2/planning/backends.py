@@ -6,14 +6,16 @@ from dataclasses import replace
 
 from vl2.errors import VL2Error
 from vl2.planning.models import PlannedModel
-from vl2.planning.schemes import CPU, ORT, Storage
+from vl2.planning.schemes import CPU, ORT, Storage, form_of_checkpoint
 from vl2.planning.targets import Target
+from vl2.quantization import Form
 
 # By the lowering of a bundle; the others have standard operators or onnxruntime's own.
 _RUN_BY = {CPU: ("cpu",), "trt": ("engine",)}
 _RUN_BY_ONNXRUNTIME = ("cpu", "cuda")
 _TOWER = ("vision", "projector")
 _HALF_BYTES = 2
+_ROW_WISE = Form(8, None)
 
 
 def default_lowering(target: Target) -> str:
@@ -38,11 +40,21 @@ def backends_of(model: PlannedModel, name: str, target: Target) -> tuple[str, ..
 
 
 def on_engines(model: PlannedModel, storage: Storage) -> Storage:
-    """The storage as engines have it: the tower in float16, whatever the checkpoint has."""
+    """The storage as engines have it: the tower in float16, or in INT8 where that has one scale a row."""
     if model.is_bundle:
         return storage
     halves = dict.fromkeys(_TOWER, 0)
     for tensor in model.tensors:
         if tensor.module in halves:
             halves[tensor.module] += _HALF_BYTES * tensor.parameters
+    if _tower_forms(model) <= {None, _ROW_WISE}:
+        halves = {module: min(size, storage.modules.get(module, size)) for module, size in halves.items()}
     return replace(storage, modules={**storage.modules, **halves})
+
+
+def _tower_forms(model: PlannedModel) -> set[Form | None]:
+    """Of a quantized checkpoint's tower; schemes that are still to be chosen quantize rows."""
+    if model.config.quantization_config is None:
+        return set()
+    form_of = form_of_checkpoint(model.config)
+    return {form_of(tensor) for tensor in model.tensors if tensor.module in _TOWER}

@@ -40,7 +40,7 @@ def engine_fit(bundle: str, target: Target, context: int | None, prefill_chunk: 
         )
     size = prompt_size(model, Demand(_IMAGES, context=context, prefill_chunk=prefill_chunk))
     memory = run_memory(model, model.storage, size, "engine", target.memory == "shared")
-    return EngineFit(memory, build_bytes(model), int(target.usable_bytes))
+    return EngineFit(memory, build_bytes(model, model.storage), int(target.usable_bytes))
 
 
 def check_fit(fit: EngineFit, name: str, built_there: bool) -> None:

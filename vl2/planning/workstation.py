@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vl2.planning.backends import on_engines
 from vl2.planning.models import PlannedModel
-from vl2.planning.schemes import EXPERT_FORMS, Choice
+from vl2.planning.schemes import EXPERT_FORMS, FLOAT_BYTES, Choice, Storage, form_of_choice, storage_of
 
 # As `vl2 export --dry-run` has it (measured 0.57 GB with the full-size Tiny).
 EXPORT_BYTES = 700 << 20
 # Measured with TensorRT-RTX (benchmarks/engine_build.py): decoders of 27 layers 0.54 GB, whose weights are inputs; the
-# tower, whose 0.84 GB are constants, 3.13 GB. The rest is for a GPU's context, not measured.
+# tower, whose 0.84 GB are constants, 3.13 GB, and 1.89 GB where they are 0.43 GB of INT8. The rest is for a GPU's context, not measured.
 _BUILDER_BYTES = 1 << 30
 _BUILDER_COPIES = 3.4
 # As `vl2.quant.demands` and `vl2.calib.demands` count: process, candidates of rows, squared inputs, copies.
@@ -32,13 +33,15 @@ def workstation_memory(model: PlannedModel, choice: Choice | None, engine: bool)
     """choice: None for a model that is stored already; engine: whether the target takes one."""
     quantized = choice is not None and choice.scheme in EXPERT_FORMS
     quantize = _quantize_bytes(model, EXPERT_FORMS[choice.scheme][0]) if quantized else None
-    return WorkstationMemory(EXPORT_BYTES, quantize, build_bytes(model) if engine else None)
+    if not engine:
+        return WorkstationMemory(EXPORT_BYTES, quantize, None)
+    storage = model.storage or storage_of(model.tensors, form_of_choice(choice, model.config), FLOAT_BYTES["fp16"])
+    return WorkstationMemory(EXPORT_BYTES, quantize, build_bytes(model, storage))
 
 
-def build_bytes(model: PlannedModel) -> int:
-    """Peak of building engines."""
-    vision = sum(tensor.parameters for tensor in model.tensors if tensor.module in ("vision", "projector"))
-    return int(_BUILDER_BYTES + _BUILDER_COPIES * 2 * vision)
+def build_bytes(model: PlannedModel, storage: Storage) -> int:
+    """Peak of building engines of a model that is stored so."""
+    return int(_BUILDER_BYTES + _BUILDER_COPIES * on_engines(model, storage).vision_bytes)
 
 
 def _quantize_bytes(model: PlannedModel, bits: int) -> int:
