@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from vl2.config import load_config
 from vl2.errors import VL2Error
 from vl2.export import ExportOptions, export_checkpoint, plan_export
 from vl2.export.checkpoint import open_checkpoint
@@ -19,7 +20,8 @@ from vl2.export.engine_graph import build_engine_graph
 from vl2.export.engine_storage import row_storage
 from vl2.export.passes.halve import Precision, halve
 from vl2.export.passes.store_weights import DataFile
-from vl2.export.schemes import FLOAT16, FLOAT32
+from vl2.export.schemes import FLOAT16, FLOAT32, Storage
+from vl2.export.storing import COLUMNS, FLOATS, TRT, Storing
 from vl2.manifest import Manifest, read_manifest
 from vl2.model.checkpoint import iter_tensors
 from vl2.plugins.tensorrt.operators import OPERATORS
@@ -28,8 +30,8 @@ from vl2.runtime import open_bundle
 
 # Standard operators that the parser of TensorRT 10.3 imports (onnx-tensorrt, docs/operators.md of 10.3), as far as our
 # graphs use them; what comes new has to be looked up there first.
-PARSED = {"Add", "Cast", "Concat", "Constant", "Conv", "Cos", "Flatten", "Gather", "Gelu", "Gemm", "LayerNormalization",
-          "MatMul", "Mul", "Pad", "Pow", "Reciprocal", "ReduceMean", "Reshape", "Shape", "Sigmoid", "Sin", "Slice",
+PARSED = {"Add", "Cast", "Concat", "Constant", "Conv", "Cos", "DequantizeLinear", "Flatten", "Gather", "Gelu", "Gemm",
+          "LayerNormalization", "MatMul", "Mul", "Pad", "Pow", "Reciprocal", "ReduceMean", "Reshape", "Shape", "Sigmoid", "Sin", "Slice",
           "Softmax", "Split", "Sqrt", "Squeeze", "Transpose", "Unsqueeze"}  # fmt: skip
 NAMES = {"FLOAT": "float32", "FLOAT16": "float16", "INT8": "int8", "INT64": "int64"}
 PLUGINS = {"Attention", "Experts", "LatentAttention", "Linear"}
@@ -132,6 +134,38 @@ def test_stored_weights_are_the_checkpoints_bit_for_bit(exported) -> None:
         for expert, rows in enumerate(got):
             wanted = numbers[f"language.model.layers.1.mlp.experts.{expert}.{matrix}.weight"]
             assert torch.equal(rows, wanted if packed else wanted.half().float()), f"{name} {expert}"
+
+
+def test_int8_matrices_of_the_tower_stay_the_checkpoints_codes_and_scales(exported) -> None:
+    """Codes [K, N] times a scale a column, rounded to float16 once: what a float16 tower of these numbers would hold."""
+    folder, bundle, manifest = exported
+    graph = ir.load(bundle / "vision.onnx").graph
+    found = [node for node in graph if node.op_type == "DequantizeLinear"]
+    quantized = manifest.quantization is not None
+    blocks = load_config(folder).vision_config.layers
+    assert len(found) == (4 * blocks if quantized else 0), "qkv, proj, fc1 and fc2 of every block"
+    numbers = {name: tensor.float() for name, tensor in iter_tensors(folder)}
+    for node in found:
+        codes, scales = node.inputs
+        assert (codes.dtype.name, scales.dtype.name, node.outputs[0].dtype.name) == ("INT8", "FLOAT16", "FLOAT16")
+        assert codes.shape[1] == scales.shape[0] and node.attributes["axis"].value == 1
+        wanted = numbers[f"{codes.name.removesuffix('.weight.transposed.weight_packed')}.weight"]
+        got = codes.const_value.numpy().astype(np.float32) * scales.const_value.numpy().astype(np.float32)
+        assert np.array_equal(got.T, wanted.numpy()), codes.name
+    held = {value.name: value.dtype.name for value in graph.initializers.values() if len(value.shape) == 2}
+    assert set(held.values()) == ({"INT8", "FLOAT16"} if quantized else {"FLOAT16"})
+
+
+@pytest.mark.parametrize("form, scale, use", [
+    (Form(8, None), FLOAT16, COLUMNS), (Form(8, 64), FLOAT16, COLUMNS), (Form(8, 32), FLOAT16, FLOATS),
+    (Form(4, None), FLOAT16, FLOATS), (Form(8, None), FLOAT32, FLOATS),
+])  # fmt: skip
+def test_a_tower_of_other_forms_is_dequantized_to_float16(form: Form, scale: Storage, use: str) -> None:
+    name = "vision.blocks.0.mlp.fc1.weight"
+    storing = Storing("fp16", TRT, {name: (240, 64)}, {name: form}, {name: scale})
+    assert storing.use_of(name) == use
+    assert [part.size_bytes((240, 64), 1) for part in storing.parts_of(name)] == (
+        [240 * 64, 2 * 240] if use == COLUMNS else [2 * 240 * 64])  # fmt: skip
 
 
 def test_the_plan_foretells_the_sizes(exported) -> None:

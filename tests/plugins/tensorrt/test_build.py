@@ -43,6 +43,16 @@ def test_graphs_of_both_attentions_build_for_three_generations(
         assert build_apart(job).peak_rss_bytes < 1 << 30
 
 
+def test_an_int8_tower_takes_about_half_of_the_engine_and_of_the_memory_beyond_tensorrt(rtx: str) -> None:
+    """Two blocks of the published width, 61 MB of float16 matrices; TensorRT keeps codes as codes."""
+    from benchmarks.engine_build import build, shortened, storing_for
+
+    config = shortened("tiny", 1, 2)
+    half, codes = (build("vision", config, storing_for(config, "fp16", int8), "8.6") for int8 in (False, True))
+    assert codes["size_bytes"] < 0.65 * half["size_bytes"]
+    assert half["peak_rss_bytes"] - codes["peak_rss_bytes"] > half["weight_bytes"] - codes["weight_bytes"] > 25e6
+
+
 def test_a_wrong_dtype_is_named_with_its_input(rtx: str, one_node) -> None:
     inputs = {**LINEAR_INPUTS, "weight_scale": ("float32", [64, 4])}
     told = refusal(rtx, one_node("Linear", LINEAR, inputs))
