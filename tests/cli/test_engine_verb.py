@@ -140,3 +140,33 @@ def test_a_chunk_longer_than_the_context_is_refused_and_the_default_is_not(
     assert "--prefill-chunk is 65 and the context 64 tokens" in capsys.readouterr().err
     assert run(bundle, *asked) == 0
     assert "--prefill-chunk 64" in json.loads(capsys.readouterr().out)["command"]
+
+
+@needs_rtx
+def test_an_export_builds_engines_when_it_is_told_to(goldens: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "tiny.bundle"
+    words = ["export", str(goldens / "tiny-mini"), "--engine", "rtx-4060", "--no-verify", "--json", "--out", str(out)]
+    assert run_command(cli, "vl2", words) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["lowering"] == "trt" and summary["engine"]["engines"]["compute_capability"] == "8.9"
+    assert set(read_manifest(out).engines) == {"rtx-4060"}
+    check_files(out, read_manifest(out))
+
+
+def test_an_export_for_a_board_ends_with_the_bundle_and_the_command(goldens: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "tiny.bundle"
+    words = ["export", str(goldens / "tiny-mini"), "--engine", "orin-nano-8gb", "--no-verify", "--out", str(out)]
+    assert run_command(cli, "vl2", words) == 1
+    said = capsys.readouterr()
+    assert "lowering trt" in said.out and "vl2 engine tiny.bundle --target orin-nano-8gb" in said.err
+    assert read_manifest(out).lowering == "trt"
+
+
+@pytest.mark.parametrize("words, code, told", [
+    (["--engine", "rtx-9999"], 1, "rtx-9999"), (["--engine", "cpu"], 1, "no TensorRT engines"),
+    (["--engine", "rtx-4060", "--lowering", "cpu"], 2, "--lowering cpu was given"),
+])  # fmt: skip
+def test_an_export_refuses_an_engine_before_any_work(goldens, tmp_path, capsys, words, code, told) -> None:  # noqa: PLR0913
+    out = tmp_path / "tiny.bundle"
+    assert run_command(cli, "vl2", ["export", str(goldens / "tiny-mini"), "--out", str(out), *words]) == code
+    assert told in capsys.readouterr().err and not out.exists()

@@ -59,6 +59,23 @@ def command(bundle: Path, as_json: bool, **choices: Any) -> None:
     Engines for GeForce and RTX GPUs are built on any x86-64 Linux machine with the extra [engine]; those for Jetson
     boards on the board itself. `vl2 run BUNDLE` then runs them there.
     """
+    facts = make_engines(bundle, choices)
+    click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else describe(facts))
+
+
+def check_target(name: str) -> None:
+    """Raises VL2Error for a target of the shipped table that engines cannot be made for, or not on this machine for lack
+    of a package."""
+    from vl2.planning.targets import read_targets
+    from vl2.plugins.tensorrt.flavour import load_tensorrt
+
+    target = _target(name, read_targets(None))
+    if _builds_here(target.engine_backend, target):
+        load_tensorrt(target.engine_backend)
+
+
+def make_engines(bundle: Path, choices: dict[str, Any]) -> dict[str, Any]:
+    """What `vl2 engine` does and prints; choices: its options by name."""
     from vl2.manifest import check_sizes, read_manifest
     from vl2.planning.engine_fit import check_fit, engine_fit
     from vl2.planning.targets import read_targets
@@ -92,7 +109,7 @@ def command(bundle: Path, as_json: bool, **choices: Any) -> None:
     }
     if not choices["dry_run"]:
         facts["engines"] = _build(bundle, (name, target, backend), context, choices)
-    click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _describe(facts))
+    return facts
 
 
 def _chunk(asked: int | None, context: int) -> int:
@@ -175,7 +192,8 @@ def _command(bundle: Path, name: str, context: int, choices: dict[str, Any]) -> 
     return shlex.join(words)
 
 
-def _describe(facts: dict[str, Any]) -> str:
+def describe(facts: dict[str, Any]) -> str:
+    """`make_engines` as lines."""
     run, fit = facts["fit"]["run"], facts["fit"]
     lines = [
         f"{facts['bundle']} for {facts['target']} by {facts['backend']}: a run needs {run['peak'] / 1e9:.2f} of "

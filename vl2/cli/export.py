@@ -56,6 +56,8 @@ _OF_CALIBRATION = {name: f"--{name}" for name in ("samples", "tokens", "tolerate
               help="Where the quantized checkpoint of an integer scheme stays, for `vl2 layers` or another bundle.")
 @click.option("--target", help="In place of --budget: the size that a device of `vl2 plan --list-targets` has room "
               "for, beside the cache of the model's whole context; --lowering is then the device's too.")
+@click.option("--engine", metavar="NAME", help="Build TensorRT engines for a device of `vl2 plan --list-targets` as well, "
+              "as `vl2 engine BUNDLE --target NAME` does; --lowering is then trt.")
 @max_ram_option
 @click.option("--dry-run", is_flag=True, help="Print sizes by module, peak memory and time; write nothing.")
 @click.option("--no-verify", is_flag=True, help="Skip the parity run; the manifest says so.")
@@ -70,8 +72,9 @@ def command(checkpoint: str, out: Path | None, scheme: str | None, dry_run: bool
     """
     if out is None and not dry_run:
         raise click.UsageError("Missing option '--out'.")
-    target = values.pop("target")
+    target, engine = values.pop("target"), values.pop("engine")
     _check_usage(scheme, values, target)
+    _choose_engine(values, engine)
     export = workstation_half()
     source = export.resolve_source(checkpoint, fetch=not dry_run)
     if target is not None:
@@ -92,7 +95,11 @@ def command(checkpoint: str, out: Path | None, scheme: str | None, dry_run: bool
         click.echo(json.dumps(made.to_dict(), indent=2) if as_json else made.describe())
         return
     summary = _summary(out, make())
-    click.echo(json.dumps(summary, indent=2) if as_json else _sentence(summary))
+    try:
+        if engine is not None:
+            summary["engine"] = _engines(out, engine)
+    finally:  # the bundle is whole, whatever became of the engines
+        click.echo(json.dumps(summary, indent=2) if as_json else _sentence(summary))
 
 
 def workstation_half() -> ModuleType:
@@ -112,6 +119,26 @@ def _room(source: Path, target: str, values: dict[str, Any]) -> int:
     room = bundle_room(str(source), target, values["lowering"], values["kv_cache"])
     click.echo(f"{target}: room for a bundle of {room / 1e9:.2f} GB, lowering {values['lowering']}", err=True)
     return room
+
+
+def _choose_engine(values: dict[str, Any], engine: str | None) -> None:
+    """Before any work: whether the target takes engines, and the lowering that they are built of."""
+    if engine is None:
+        return
+    from vl2.cli.engine import check_target
+
+    if values["lowering"] not in (None, "trt"):
+        raise click.UsageError(f"--engine is built of the lowering trt, and --lowering {values['lowering']} was given.")
+    check_target(engine)
+    values["lowering"] = "trt"
+
+
+def _engines(bundle: Path, target: str) -> dict[str, Any]:
+    """With the options that `vl2 engine` has of itself."""
+    from vl2.cli import engine
+
+    context = engine.command.make_context("engine", [str(bundle), "--target", target])
+    return engine.make_engines(bundle, context.params)
 
 
 def _check_usage(scheme: str | None, values: dict[str, Any], target: str | None) -> None:
@@ -175,5 +202,10 @@ def _summary(out: Path, manifest: Any) -> dict[str, Any]:
 
 
 def _sentence(summary: dict[str, Any]) -> str:
-    return (f"{summary['bundle']}: {summary['variant']} {summary['scheme']}, lowering {summary['lowering']}, "
-            f"{summary['size_bytes'] / 1e9:.3f} GB, parity {summary['verify']['status']}")
+    exported = (f"{summary['bundle']}: {summary['variant']} {summary['scheme']}, lowering {summary['lowering']}, "
+                f"{summary['size_bytes'] / 1e9:.3f} GB, parity {summary['verify']['status']}")
+    if "engine" not in summary:
+        return exported
+    from vl2.cli.engine import describe
+
+    return f"{exported}\n{describe(summary['engine'])}"
