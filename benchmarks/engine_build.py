@@ -3,7 +3,8 @@
     python benchmarks/engine_build.py tiny --layers 2 --scheme int4 [--capability 8.6 …] [--vision 27 [--vision-int8]]
 
 The decoder's weights are inputs, so that its engine needs none. The tower's are random numbers: of zeros an engine
-keeps one copy. `--vision-int8` has INT8 matrices in it, a scale a row. `--layers 2` keeps the first, dense layer and one MoE layer; 0 keeps all.
+keeps one copy. `--vision-int8` has INT8 matrices in it, a scale a row. `--layers 2` keeps the first, dense layer and
+one MoE layer; 0 keeps all.
 """
 
 from __future__ import annotations

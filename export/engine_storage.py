@@ -1,4 +1,4 @@
-"""How quantized matrices are stored for engines. For kernels: rows as quantized checkpoints have them, read by kernels as they lie.
+"""How quantized matrices are stored for engines. Kernels read rows as quantized checkpoints have them:
 
 INT4 [.., N, K] → bytes [.., N, K/2]: byte j of a row holds code 2j + 8 at its low end and code 2j + 1 + 8 above it, so
 that a little-endian int32 holds 8 codes, the lowest nibble first. INT8: the codes. Scales: float16 [.., N, K / group].

@@ -45,6 +45,8 @@ def test_the_wheel_holds_every_module_and_the_shipped_model(wheel):
         expected |= {f"{package}/{path.relative_to(ROOT / folder).as_posix()}" for path in paths}
     expected |= {f"vl2/nano/checkpoint/{path.name}" for path in (ROOT / "nano" / "checkpoint").iterdir()}
     expected |= {f"vl2/planning/{path.name}" for path in (ROOT / "vl2" / "planning").glob("*.json")}
+    host = ROOT / "plugins" / "tensorrt" / "host"
+    expected |= {f"vl2/plugins/tensorrt/host/{path.name}" for path in host.iterdir()}
     expected |= {f"vl2/runtime/serve/page/{name}" for name in ("index.html", "page.css", "page.js")}
     expected |= {f"vl2/runtime/serve/page/{path.name}" for path in (ROOT / "runtime" / "serve" / "page").iterdir()}
     assert expected | {"vl2/py.typed", "vl2/nano/demo.png"} <= held

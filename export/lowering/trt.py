@@ -43,7 +43,8 @@ _DECODER = Precision(
     untouched={"Experts": frozenset(range(1, 32)), **{name: frozenset(map(inputs.index, _TABLES))
                                                 for name, inputs in _ATTENTIONS.items()}},
 )  # fmt: skip
-_VISION = Precision(half=frozenset({"MatMul", "Conv", "DequantizeLinear"}), following=frozenset({"Softmax", "Gelu", "Mul", "Add"}))
+_VISION = Precision(half=frozenset({"MatMul", "Conv", "DequantizeLinear"}),
+                    following=frozenset({"Softmax", "Gelu", "Mul", "Add"}))  # fmt: skip
 
 
 @dataclass(frozen=True)

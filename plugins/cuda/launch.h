@@ -1,5 +1,5 @@
 // launch.py in C++, for hosts without Python: a plan is kernels with grids, shared memory and arguments by name.
-// tests/plugins/cuda/test_plans.py holds every plan of these headers against Python's.
+// tests/plugins/tensorrt/test_host_plans.py holds every plan of these headers against Python's.
 #pragma once
 #include <array>
 #include <cstdint>

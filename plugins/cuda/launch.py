@@ -1,7 +1,7 @@
 """Launch plans: which kernels a problem needs, with grids, shared memory, arguments and workspace. Pure functions.
 
-Both TensorRT hosts and the emulation run exactly these plans. An argument is the name of a buffer (a pointer), None (a
-null pointer), an int (int32) or a float (float32).
+The emulation and both TensorRT hosts run exactly these plans; C++ has a text of its own of them (launch.h). An argument
+is the name of a buffer (a pointer), None (a null pointer), an int (int32) or a float (float32).
 """
 
 from __future__ import annotations

@@ -28,12 +28,12 @@ _TENSORRT = ("/usr/include", "/usr/include/aarch64-linux-gnu", "/usr/include/x86
 _CUDA = ("/usr/local/cuda/include", "/usr/include", *(str(Path(folder, "nvidia/cu13/include")) for folder in sys.path))
 
 
-def compile_host(out: Path, images: Mapping[str, Path], headers: Path) -> None:
+def compile_host(out: Path, images: Mapping[str, Path], headers: Path, compiler: str = "g++") -> None:
     """Compiles the library. images: files with the kernels of an architecture, by its name; headers: the folder of
-    NvInfer.h. Raises VL2Error without g++ and with the compiler's words where it fails."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        raise VL2Error("the C++ host is compiled with g++, which is not on this machine", "sudo apt install g++")
+    NvInfer.h. Raises VL2Error without the compiler and with its words where it fails."""
+    if shutil.which(compiler) is None:
+        raise VL2Error(f"the C++ host is compiled with {compiler}, which is not on this machine",
+                       "sudo apt install g++")  # fmt: skip
     folders = [str(headers), *(folder for folder in _CUDA if Path(folder, "cuda_runtime_api.h").is_file())]
     with tempfile.TemporaryDirectory(dir=out.resolve().parent) as work:
         table, made = Path(work, "images.cpp"), Path(work, out.name)
@@ -43,7 +43,7 @@ def compile_host(out: Path, images: Mapping[str, Path], headers: Path) -> None:
                    "-ldl"]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise VL2Error(f"g++ failed on the C++ host:\n{done.stderr.strip()[:2000]}",
+            raise VL2Error(f"{compiler} failed on the C++ host:\n{done.stderr.strip()[:2000]}",
                            "it needs the headers of TensorRT 10.3 or later (libnvinfer-headers-dev) and of CUDA's "
                            f"runtime (cuda-cudart-dev); command: `{' '.join(command)}`")  # fmt: skip
         os.replace(made, out)

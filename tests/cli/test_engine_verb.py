@@ -166,7 +166,7 @@ def test_an_export_for_a_board_ends_with_the_bundle_and_the_command(goldens: Pat
     (["--engine", "rtx-9999"], 1, "rtx-9999"), (["--engine", "cpu"], 1, "no TensorRT engines"),
     (["--engine", "rtx-4060", "--lowering", "cpu"], 2, "--lowering cpu was given"),
 ])  # fmt: skip
-def test_an_export_refuses_an_engine_before_any_work(goldens, tmp_path, capsys, words, code, told) -> None:  # noqa: PLR0913
+def test_an_export_refuses_an_engine_before_any_work(goldens, tmp_path, capsys, words, code, told) -> None:
     out = tmp_path / "tiny.bundle"
     assert run_command(cli, "vl2", ["export", str(goldens / "tiny-mini"), "--out", str(out), *words]) == code
     assert told in capsys.readouterr().err and not out.exists()

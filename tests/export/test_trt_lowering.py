@@ -31,8 +31,8 @@ from vl2.runtime import open_bundle
 # Standard operators that the parser of TensorRT 10.3 imports (onnx-tensorrt, docs/operators.md of 10.3), as far as our
 # graphs use them; what comes new has to be looked up there first.
 PARSED = {"Add", "Cast", "Concat", "Constant", "Conv", "Cos", "DequantizeLinear", "Flatten", "Gather", "Gelu", "Gemm",
-          "LayerNormalization", "MatMul", "Mul", "Pad", "Pow", "Reciprocal", "ReduceMean", "Reshape", "Shape", "Sigmoid", "Sin", "Slice",
-          "Softmax", "Split", "Sqrt", "Squeeze", "Transpose", "Unsqueeze"}  # fmt: skip
+          "LayerNormalization", "MatMul", "Mul", "Pad", "Pow", "Reciprocal", "ReduceMean", "Reshape", "Shape",
+          "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Transpose", "Unsqueeze"}  # fmt: skip
 NAMES = {"FLOAT": "float32", "FLOAT16": "float16", "INT8": "int8", "INT64": "int64"}
 PLUGINS = {"Attention", "Experts", "LatentAttention", "Linear"}
 
@@ -137,7 +137,7 @@ def test_stored_weights_are_the_checkpoints_bit_for_bit(exported) -> None:
 
 
 def test_int8_matrices_of_the_tower_stay_the_checkpoints_codes_and_scales(exported) -> None:
-    """Codes [K, N] times a scale a column, rounded to float16 once: what a float16 tower of these numbers would hold."""
+    """Codes [K, N] times a scale a column, rounded to float16 once: what a float16 tower of them would hold."""
     folder, bundle, manifest = exported
     graph = ir.load(bundle / "vision.onnx").graph
     found = [node for node in graph if node.op_type == "DequantizeLinear"]

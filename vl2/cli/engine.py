@@ -64,8 +64,8 @@ def command(bundle: Path, as_json: bool, **choices: Any) -> None:
 
 
 def check_target(name: str) -> None:
-    """Raises VL2Error for a target of the shipped table that engines cannot be made for, or not on this machine for lack
-    of a package."""
+    """Raises VL2Error for a target of the shipped table that engines cannot be made for, or not on this machine for
+    lack of a package."""
     from vl2.planning.targets import read_targets
     from vl2.plugins.tensorrt.flavour import load_tensorrt
 

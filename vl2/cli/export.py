@@ -56,8 +56,9 @@ _OF_CALIBRATION = {name: f"--{name}" for name in ("samples", "tokens", "tolerate
               help="Where the quantized checkpoint of an integer scheme stays, for `vl2 layers` or another bundle.")
 @click.option("--target", help="In place of --budget: the size that a device of `vl2 plan --list-targets` has room "
               "for, beside the cache of the model's whole context; --lowering is then the device's too.")
-@click.option("--engine", metavar="NAME", help="Build TensorRT engines for a device of `vl2 plan --list-targets` as well, "
-              "as `vl2 engine BUNDLE --target NAME` does; --lowering is then trt.")
+@click.option("--engine", metavar="NAME",
+              help="Build TensorRT engines for a device of `vl2 plan --list-targets` as well, as `vl2 "
+                   "engine BUNDLE --target NAME` does; --lowering is then trt.")
 @max_ram_option
 @click.option("--dry-run", is_flag=True, help="Print sizes by module, peak memory and time; write nothing.")
 @click.option("--no-verify", is_flag=True, help="Skip the parity run; the manifest says so.")

@@ -11,7 +11,8 @@ from vl2.planning.schemes import EXPERT_FORMS, FLOAT_BYTES, Choice, Storage, for
 # As `vl2 export --dry-run` has it (measured 0.57 GB with the full-size Tiny).
 EXPORT_BYTES = 700 << 20
 # Measured with TensorRT-RTX (benchmarks/engine_build.py): decoders of 27 layers 0.54 GB, whose weights are inputs; the
-# tower, whose 0.84 GB are constants, 3.13 GB, and 1.89 GB where they are 0.43 GB of INT8. The rest is for a GPU's context, not measured.
+# tower, whose 0.84 GB are constants, 3.13 GB, and 1.89 GB where they are 0.43 GB of INT8. The rest is for a GPU's
+# context, not measured.
 _BUILDER_BYTES = 1 << 30
 _BUILDER_COPIES = 3.4
 # As `vl2.quant.demands` and `vl2.calib.demands` count: process, candidates of rows, squared inputs, copies.

@@ -9,6 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from vl2.plugins.tensorrt.build import EngineJob
+from vl2.plugins.tensorrt.engines import EngineSizes, profiles
 from vl2.plugins.tensorrt.flavour import RTX, is_installed
 from vl2.plugins.tensorrt.operators import NAMESPACE, OPERATORS, VERSION
 
@@ -24,6 +26,25 @@ def rtx() -> str:
     if not is_installed(RTX):
         pytest.skip("tensorrt-rtx is not installed: pip install '.[engine]'")
     return RTX
+
+
+def published_decoder(folder: Path, variant: str, scheme: str, flavour: str) -> EngineJob:
+    """The decoder of a published size cut to its dense and one MoE layer; weights are inputs, so it needs none."""
+    import onnx_ir
+
+    from benchmarks.engine_build import shortened, storing_for
+    from vl2.export.engine_graph import build_engine_graph, engine_graphs
+    from vl2.export.graphs import declare_graphs
+    from vl2.export.passes.store_weights import DataFile
+
+    config = shortened(variant, 2, 1)
+    storing = storing_for(config, scheme)
+    graph = engine_graphs(declare_graphs(config, storing.kv_cache))["decoder"]
+    model, _ = build_engine_graph("decoder", config, DataFile(graph.data_file, storing))
+    model.ir_version = 10
+    onnx_ir.save(model, folder / graph.file)
+    ranges = profiles("decoder", graph, EngineSizes(context=4096, prefill_chunk=512))
+    return EngineJob(str(folder / graph.file), str(folder / "engine"), flavour, ("8.9",), ranges)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The C++ host, compiled against abi/NvInfer.h, with host_driver.cpp in TensorRT's place and fake_libcuda.c in CUDA's."""
+"""The C++ host, compiled against abi/NvInfer.h, host_driver.cpp in TensorRT's place and fake_libcuda.c in CUDA's."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ ABI = FOLDER / "abi"
 TYPES = {"float32": 0, "float16": 1, "int8": 2, "int64": 8}
 FLOAT32, INT32, CHAR = 1, 5, 6
 STREAM = 7
-_LAUNCHED = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_int, ctypes.c_void_p,
-                             ctypes.c_void_p)  # fmt: skip
+_LAUNCHED = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_int,
+                             ctypes.c_void_p, ctypes.c_void_p)  # fmt: skip
 
 
 class Field(ctypes.Structure):
     """nvinfer1::PluginField."""
 
-    _fields_ = [("name", ctypes.c_char_p), ("data", ctypes.c_void_p), ("kind", ctypes.c_int32), ("length", ctypes.c_int32)]
+    _fields_ = [("name", ctypes.c_char_p), ("data", ctypes.c_void_p), ("kind", ctypes.c_int32),
+                ("length", ctypes.c_int32)]  # fmt: skip
 
 
 def compile_test_host(folder: Path, arch: str = "sm_86") -> Path:
@@ -93,7 +94,8 @@ class PlayedHost:
         self.workspace = np.full(max(1, workspace_bytes(made.plan(attributes, shapes))), 255, np.uint8)
         pointers = [(ctypes.c_void_p * len(each))(*(array.ctypes.data for array in each)) for each in (inputs, outputs)]
         return self.driver.enqueue(ctypes.c_void_p(plugin), sides.ctypes.data_as(ctypes.c_void_p), pointers[0],
-                                   len(inputs), pointers[1], self.workspace.ctypes.data_as(ctypes.c_void_p))  # fmt: skip
+                                   len(inputs), pointers[1],
+                                   self.workspace.ctypes.data_as(ctypes.c_void_p))  # fmt: skip
 
 
 def read_parameters(launch, parameters: int) -> tuple:

@@ -43,7 +43,7 @@ MEMBERS = {
     "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
     "TensorLocation": ("DEVICE",),
     "TensorIOMode": ("INPUT",),
-    "IPluginRegistry": ("get_creator", "register_creator"),
+    "IPluginRegistry": ("get_creator", "load_library", "register_creator"),
     "IExprBuilder": ("constant",),
     "DynamicPluginTensorDesc": ("desc", "min", "max"),
     "PluginTensorDesc": ("dims", "type", "format"),

@@ -1,4 +1,4 @@
-"""The C++ host as TensorRT runs it: plugins made of serialized fields launch what the Python host launches, and compute.
+"""The C++ host as TensorRT runs it: plugins made of serialized fields launch what the Python host launches.
 
 host_driver.cpp stands for TensorRT and fake_libcuda.c for the driver; kernels run in the emulation.
 """
@@ -116,7 +116,8 @@ def test_latent_attention_of_the_cpp_host_equals_the_python_hosts_bit_for_bit(em
     (p, past), rng = LATENT[name], np.random.default_rng(1)
     shapes = {"query": (p.batch, p.heads, p.tokens, p.rank), "query_rope": (p.batch, p.tokens, p.heads, p.rope_dim),
               "latent": (p.batch, p.tokens, p.rank), "key_rope": (p.batch, p.tokens, p.rope_dim),
-              "cache": (p.batch, p.capacity, p.rank + p.rope_dim), "y": (p.batch, p.heads, p.tokens, p.rank)}  # fmt: skip
+              "cache": (p.batch, p.capacity, p.rank + p.rope_dim),
+              "y": (p.batch, p.heads, p.tokens, p.rank)}  # fmt: skip
     arrays = {key: half(rng, shape) for key, shape in shapes.items()} | {"past_length": np.array(past)}
     arrays["cos"], arrays["sin"] = tables(rng, p.batch, p.tokens, p.rope_dim)
     case = ("LatentAttention", float32({"scale": p.scale}))
@@ -195,7 +196,7 @@ def test_types_formats_and_aliases_are_the_operators(host, name: str) -> None:
 
 def run_linear(host: PlayedHost) -> int:
     attributes = CASES["Linear"][0]
-    arrays = {"x": np.zeros((1, 2, 128), np.float16), "weight": np.zeros(1), "weight_scale": np.zeros(1), "y": np.zeros(1)}
+    arrays = {"x": np.zeros((1, 2, 128), np.float16), **dict.fromkeys(("weight", "weight_scale", "y"), np.zeros(1))}
     return host.enqueue(host.plugin("Linear", attributes), "Linear", attributes, arrays)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.plugins.tensorrt.conftest import LINEAR, LINEAR_INPUTS
+from tests.plugins.tensorrt.conftest import LINEAR, LINEAR_INPUTS, published_decoder
 from tests.plugins.tensorrt.played_host import compile_test_host
 from tests.plugins.tensorrt.test_build import TOKENS
 from tests.plugins.tensorrt.test_operators import EXPERTS
@@ -74,29 +74,15 @@ def check_alike(rtx: str, python: bytes, cpp: bytes) -> None:
 def test_the_decoder_of_nano_builds_with_the_same_plugins(rtx: str, bundle_of, library, tmp_path) -> None:
     bundle = bundle_of(NANO, "fp16", "trt")
     graph = read_manifest(bundle).graphs["decoder"]
-    job = EngineJob(str(bundle / graph.file), str(tmp_path / "engine"), rtx, ("8.9",), profiles("decoder", graph, SIZES))
+    ranges = profiles("decoder", graph, SIZES)
+    job = EngineJob(str(bundle / graph.file), str(tmp_path / "engine"), rtx, ("8.9",), ranges)
     python, cpp = both_engines(job, library)
     check_alike(rtx, python, cpp)
 
 
-@pytest.mark.parametrize("variant, scheme", [("tiny", "int4"), ("small", "int4")])
-def test_a_layer_of_published_size_builds_with_the_same_plugins(rtx, library, tmp_path, variant: str, scheme: str) -> None:
-    """Weights are inputs, so the graph needs none: Tiny's attention and Small's over latents, a dense and a MoE layer."""
-    import onnx_ir
-
-    from benchmarks.engine_build import shortened, storing_for
-    from vl2.export.engine_graph import build_engine_graph, engine_graphs
-    from vl2.export.graphs import declare_graphs
-    from vl2.export.passes.store_weights import DataFile
-
-    config = shortened(variant, 2, 1)
-    storing = storing_for(config, scheme)
-    graph = engine_graphs(declare_graphs(config, storing.kv_cache))["decoder"]
-    model, _ = build_engine_graph("decoder", config, DataFile(graph.data_file, storing))
-    model.ir_version = 10
-    onnx_ir.save(model, tmp_path / graph.file)
-    job = EngineJob(str(tmp_path / graph.file), str(tmp_path / "engine"), rtx, ("8.9",), profiles("decoder", graph, SIZES))
-    python, cpp = both_engines(job, library)
+@pytest.mark.parametrize("variant", ["tiny", "small"])
+def test_a_layer_of_published_size_builds_with_the_same_plugins(rtx: str, library, tmp_path, variant: str) -> None:
+    python, cpp = both_engines(published_decoder(tmp_path, variant, "int4", rtx), library)
     check_alike(rtx, python, cpp)
 
 
@@ -106,7 +92,7 @@ def test_a_layer_of_published_size_builds_with_the_same_plugins(rtx, library, tm
      "input 2 of vl2::Linear, `weight_scale`, is float32, expected float16"),
     ({name: LINEAR[name] for name in ("N", "K", "scheme")}, LINEAR_INPUTS, "no attribute `group_size`"),
 ])  # fmt: skip
-def test_what_the_cpp_host_refuses_ends_the_build_in_its_words(rtx, one_node, library, attributes, inputs, told) -> None:  # noqa: PLR0913
+def test_what_the_cpp_host_refuses_ends_the_build_in_its_words(rtx, one_node, library, attributes, inputs, told):
     path = one_node("Linear", attributes, inputs)
     with pytest.raises(VL2Error) as caught:
         build_apart(EngineJob(path, f"{path}.engine", rtx, ("8.9",), TOKENS, plugin_library=library))
