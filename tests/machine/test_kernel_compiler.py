@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vl2.machine import gpu
+from vl2.machine import gpu, jetson
 from vl2.machine.check import MISSING, OK, Check
 from vl2.plugins.cuda import nvrtc, pack
 
@@ -43,8 +43,21 @@ def test_without_a_compiler_the_packs_of_the_gpus_here_are_enough(row) -> None:
     assert row(packs=("sm_89",), gpus=()).status == MISSING and row(packs=pack.ARCHITECTURES, gpus=()).status == OK
 
 
-def test_neither_is_told_with_its_package(row, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("release, compiler, bindings", [
+    ("# R36 (release), REVISION: 4.3", "nvidia-cuda-nvrtc-cu12==12.6.77", "'cuda-bindings==12.*'"),
+    ("# R39 (release), REVISION: 2.0", "'nvidia-cuda-nvrtc>=13'", "'cuda-bindings>=13'"),
+])  # fmt: skip
+def test_a_board_gets_the_packages_of_its_drivers_cuda(row, monkeypatch, tmp_path, release, compiler, bindings) -> None:
+    """JetPack 6 takes nothing of CUDA 13, and CUDA 12.6 does not compile for JetPack 7's Thor."""
+    (tmp_path / "release").write_text(release)
+    monkeypatch.setattr(jetson, "RELEASE_FILE", tmp_path / "release")
+    monkeypatch.setattr(gpu, "is_jetson", lambda: True)
+    assert row().mend == f"pip install {compiler}"
+    monkeypatch.setattr(gpu, "attempt", lambda code: ("", "No module named 'cuda'"))
+    found = {check.name: check for check in gpu.check_tensorrt()}
+    assert found["cuda-bindings"].mend == f"pip install {bindings}"
+
+
+def test_neither_is_told_with_its_package(row) -> None:
     check = row()
     assert check.status == MISSING and check.mend == "pip install 'nvidia-cuda-nvrtc>=13'" and not check.required
-    monkeypatch.setattr(gpu, "is_jetson", lambda: True)
-    assert row().mend == "pip install nvidia-cuda-nvrtc-cu12==12.6.77"

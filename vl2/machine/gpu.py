@@ -10,8 +10,9 @@ from pathlib import Path
 from vl2.machine.check import FAILED, MISSING, OK, Check
 from vl2.machine.cuda_driver import DriverError, driver_version, find_gpus
 from vl2.machine.interpreter import attempt
-from vl2.machine.jetson import is_jetson
+from vl2.machine.jetson import bindings_package, is_jetson, nvrtc_package
 
+_NVRTC = "'nvidia-cuda-nvrtc>=13'"
 _PCI = Path("/sys/bus/pci/devices")
 _NVIDIA = "0x10de"
 # Where the wheels of NVIDIA put what onnxruntime-gpu[cuda,cudnn] needs, beside the system's folders.
@@ -59,7 +60,8 @@ def check_tensorrt() -> Iterator[Check]:
     answer, error = attempt("from importlib.metadata import version; from cuda.bindings import driver; "
                             "print(version('cuda-bindings'))")
     yield Check("engines", "cuda-bindings", MISSING if error else OK, error or f"{answer}, runs engines",
-                "pip install cuda-bindings" if error and gpu_is_possible() else None)
+                f"pip install {bindings_package() if is_jetson() else 'cuda-bindings'}"
+                if error and gpu_is_possible() else None)
     yield _check_kernels()
 
 
@@ -75,7 +77,7 @@ def _check_kernels() -> Check:
         return Check("engines", "CUDA kernels", OK, f"{found} compiles them when engines are first run", None)
     if all(map(pack.is_cached, wanted or pack.ARCHITECTURES)):
         return Check("engines", "CUDA kernels", OK, f"compiled already, kept in {pack.cache_folder()}", None)
-    mend = "pip install nvidia-cuda-nvrtc-cu12==12.6.77" if is_jetson() else "pip install 'nvidia-cuda-nvrtc>=13'"
+    mend = f"pip install {nvrtc_package() if is_jetson() else _NVRTC}"
     return Check("engines", "CUDA kernels", MISSING, "neither nvcc nor NVRTC compiles them; only engines need it",
                  mend if gpu_is_possible() else None)
 

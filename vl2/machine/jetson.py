@@ -18,6 +18,9 @@ _JETPACKS = {"36.3": "6.0", "36.4.0": "6.1", "36.4": "6.2", "36.5": "6.2.2", "38
              "39.2": "7.2"}
 # Wheels with kernels for the boards: PyPI's onnxruntime-gpu 1.31 for aarch64 has none for sm_87 and sm_110.
 _INDEX = {"6": "https://pypi.jetson-ai-lab.io/jp6/cu126", "7": "https://pypi.jetson-ai-lab.io/sbsa/cu130"}
+# JetPack 6 has a driver of CUDA 12, which takes nothing of 13; NVRTC 12.6 does not know JetPack 7's sm_110.
+_NVRTC = {"6": "nvidia-cuda-nvrtc-cu12==12.6.77", "7": "'nvidia-cuda-nvrtc>=13'"}
+_BINDINGS = {"6": "'cuda-bindings==12.*'", "7": "'cuda-bindings>=13'"}
 
 
 def is_jetson() -> bool:
@@ -43,7 +46,22 @@ def check_jetson() -> Iterator[Check]:
 
 def wheel_index() -> str:
     """The package index whose onnxruntime-gpu has kernels for this board."""
-    return _INDEX[(jetpack_of(l4t_release(_release_text())) or "6")[0]]
+    return _INDEX[_generation()]
+
+
+def nvrtc_package() -> str:
+    """What compiles the plugins' kernels for this board's driver, as pip takes it."""
+    return _NVRTC[_generation()]
+
+
+def bindings_package() -> str:
+    """The cuda-bindings of this board's driver, as pip takes it."""
+    return _BINDINGS[_generation()]
+
+
+def _generation() -> str:
+    """6 or 7; a JetPack that is not known is taken for the older."""
+    return (jetpack_of(l4t_release(_release_text())) or "6")[0]
 
 
 def _release_text() -> str:
