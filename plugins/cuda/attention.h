@@ -29,7 +29,8 @@ struct AttentionSizes {
 
   int64_t shared_bytes() const {
     const int64_t held = 16 * row_tiles();
-    const int64_t key = key_size ? tiles(key_size, 16) * 16 + 8 : 0, value = value_size ? tiles(value_size, 16) * 16 + 8 : 0;
+    const int64_t key = key_size ? tiles(key_size, 16) * 16 + 8 : 0;
+    const int64_t value = value_size ? tiles(value_size, 16) * 16 + 8 : 0;
     const int64_t halves = (held + 2 * 16) * key + 2 * 16 * value + held * (16 + 8);
     return halves * 2 + (2 * held * 18 + 3 * held) * 4;
   }

@@ -120,8 +120,8 @@ inline Plan prefill_plan(const ExpertsProblem& p) {
                                          {"down", "hidden", "partial", routing.experts, "", "target", "offsets"}));
   if (p.shared_size) {
     plan.launches.push_back(gated_launch(p, true));
-    plan.launches.push_back(product_launch({routing.tokens, p.hidden_size, p.shared_size, p.shared_down},
-                                           {"shared_down", "shared_hidden", "partial", 1, "", "", "", slots, routing.top_k}));
+    const ProductRows rows{"shared_down", "shared_hidden", "partial", 1, "", "", "", slots, routing.top_k};
+    plan.launches.push_back(product_launch({routing.tokens, p.hidden_size, p.shared_size, p.shared_down}, rows));
   }
   for (const char* name : {"idx", "weights", "source", "target"}) plan.workspace.push_back({name, choices * 4});
   plan.workspace.push_back({"offsets", (routing.experts + 1) * 4});

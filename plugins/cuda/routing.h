@@ -34,7 +34,8 @@ inline Launch route_launch(const RoutingProblem& p) {
   const bool biased = p.topk_method == "noaux_tc";
   const int64_t flags = (p.scoring_func == "sigmoid") | 2 * biased | 4 * p.norm_topk_prob;
   std::vector<Argument> arguments = {"logits", biased ? Argument("correction_bias") : Argument(), "idx", "weights"};
-  for (int64_t value : {p.tokens, p.experts, p.top_k, p.limited() ? p.n_group : 1, p.limited() ? p.topk_group : 1, flags})
+  const int64_t groups = p.limited() ? p.n_group : 1, kept = p.limited() ? p.topk_group : 1;
+  for (int64_t value : {p.tokens, p.experts, p.top_k, groups, kept, flags})
     arguments.push_back(number(value));
   arguments.emplace_back(p.routed_scaling_factor);
   return {"vl2_route", {tiles(p.tokens, 4), 1, 1}, {32 * 4, 1, 1}, 4 * 2 * p.experts * 4, arguments};

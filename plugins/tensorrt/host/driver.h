@@ -121,7 +121,7 @@ class Kernels {
       found = functions_.emplace(name, std::make_pair(made, int64_t{48 << 10})).first;
     }
     auto& [made, allowed] = found->second;
-    // beyond 48 KB a kernel has to be allowed its dynamic shared memory: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    // beyond 48 KB a kernel has to be allowed it: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     if (shared_bytes > allowed) {
       Driver::check(Driver::get().cuFuncSetAttribute(made, 8, static_cast<int>(shared_bytes)), "cuFuncSetAttribute");
       allowed = shared_bytes;

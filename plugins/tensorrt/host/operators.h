@@ -53,8 +53,8 @@ struct Operator {
     std::string names;
     for (const Tensor& tensor : expected) names += (names.empty() ? "" : ", ") + tensor.name;
     if (types.size() != expected.size())
-      throw Refused("vl2::" + name + " got " + text(types.size()) + " inputs, expected " + text(expected.size()) + ": " +
-                    names, EXPORT_AGAIN);
+      throw Refused("vl2::" + name + " got " + text(types.size()) + " inputs, expected " + text(expected.size()) +
+                    ": " + names, EXPORT_AGAIN);
     for (size_t i = 0; i < types.size(); i++)
       if (types[i] != type_name(expected[i].type))
         throw Refused("input " + text(i) + " of vl2::" + name + ", `" + expected[i].name + "`, is " + types[i] +

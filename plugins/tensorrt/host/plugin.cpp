@@ -1,5 +1,5 @@
 // The operators as IPluginV3 in C++, for programs without Python: plugin.py's names, fields, types, shapes and
-// workspace, so that engines which one host built run with the other. Compiled on the device: host.py beside this folder.
+// workspace, so that engines which one host built run with the other. Compiled on the device by ../host.py.
 #include <NvInfer.h>
 
 #include <cstdio>
@@ -61,7 +61,7 @@ Shape shape_of(const Dims& dims) { return Shape(dims.d, dims.d + dims.nbDims); }
 // A field with its value at `value`; text has no end mark, and an empty one has one.
 PluginField field_of(const std::string& name, const Value& value) {
   if (const auto* word = std::get_if<std::string>(&value))
-    return {name.c_str(), word->c_str(), PluginFieldType::kCHAR, static_cast<int32_t>(std::max<size_t>(1, word->size()))};
+    return {name.c_str(), word->c_str(), PluginFieldType::kCHAR, std::max(1, static_cast<int32_t>(word->size()))};
   if (const auto* real = std::get_if<float>(&value)) return {name.c_str(), real, PluginFieldType::kFLOAT32, 1};
   return {name.c_str(), &std::get<int32_t>(value), PluginFieldType::kINT32, 1};
 }
@@ -131,7 +131,8 @@ class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBui
   const char* getPluginNamespace() const noexcept override { return NAMESPACE; }
   int32_t getNbOutputs() const noexcept override { return static_cast<int32_t>(made_.outputs.size()); }
 
-  int32_t getOutputDataTypes(DataType* outputs, int32_t count, const DataType* inputs, int32_t given) const noexcept override {
+  int32_t getOutputDataTypes(DataType* outputs, int32_t count, const DataType* inputs,
+                             int32_t given) const noexcept override {
     return guarded(1, [&] {
       std::vector<std::string> types;
       for (int32_t i = 0; i < given; i++) types.push_back(name_of(inputs[i]));
@@ -141,8 +142,8 @@ class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBui
     });
   }
 
-  int32_t getOutputShapes(const DimsExprs* inputs, int32_t, const DimsExprs*, int32_t, DimsExprs* outputs, int32_t count,
-                          IExprBuilder& builder) noexcept override {
+  int32_t getOutputShapes(const DimsExprs* inputs, int32_t, const DimsExprs*, int32_t, DimsExprs* outputs,
+                          int32_t count, IExprBuilder& builder) noexcept override {
     return guarded(1, [&] {
       for (int32_t i = 0; i < count; i++) {
         const Output& output = made_.outputs[i];
@@ -180,7 +181,9 @@ class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBui
 
   int32_t setTactic(int32_t) noexcept override { return 0; }
 
-  int32_t onShapeChange(const PluginTensorDesc*, int32_t, const PluginTensorDesc*, int32_t) noexcept override { return 0; }
+  int32_t onShapeChange(const PluginTensorDesc*, int32_t, const PluginTensorDesc*, int32_t) noexcept override {
+    return 0;
+  }
 
   // TensorRT-RTX attaches plugins while it builds, where there need be no GPU: kernels are loaded by the first run.
   IPluginV3* attachToContext(IPluginResourceContext*) noexcept override { return clone(); }

@@ -27,8 +27,8 @@ int cuFuncSetAttribute(struct Function* function, int attribute, int value) {
   if (attribute != 8) return 1;
   return function->allowed = value, 0;
 }
-int cuLaunchKernel(struct Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                   unsigned shared, void* stream, void** parameters, void** extra) {
+int cuLaunchKernel(struct Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                   unsigned bz, unsigned shared, void* stream, void** parameters, void** extra) {
   const unsigned sizes[] = {gx, gy, gz, bx, by, bz, shared};
   return extra ? 1 : launched(function->name, sizes, function->allowed, stream, parameters);
 }

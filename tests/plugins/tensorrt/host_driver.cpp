@@ -69,7 +69,8 @@ int32_t fields_of(IPluginV3* plugin, const PluginField** fields) {
 
 int32_t output_types(IPluginV3* plugin, int32_t* outputs, int32_t made, const int32_t* inputs, int32_t given) {
   return capability<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD)
-      ->getOutputDataTypes(reinterpret_cast<DataType*>(outputs), made, reinterpret_cast<const DataType*>(inputs), given);
+      ->getOutputDataTypes(reinterpret_cast<DataType*>(outputs), made, reinterpret_cast<const DataType*>(inputs),
+                           given);
 }
 
 bool supports(IPluginV3* plugin, int32_t position, int32_t type, int32_t format, int32_t inputs) {
@@ -81,7 +82,8 @@ bool supports(IPluginV3* plugin, int32_t position, int32_t type, int32_t format,
 }
 
 // sides: of every input, eight numbers and the rank before them.
-int32_t enqueue(IPluginV3* plugin, const int64_t* sides, void** inputs, int32_t count, void** outputs, void* workspace) {
+int32_t enqueue(IPluginV3* plugin, const int64_t* sides, void** inputs, int32_t count, void** outputs,
+                void* workspace) {
   std::vector<PluginTensorDesc> described(count);
   for (int32_t i = 0; i < count; i++) {
     described[i].dims.nbDims = static_cast<int32_t>(sides[9 * i]);

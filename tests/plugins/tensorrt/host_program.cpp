@@ -1,5 +1,5 @@
 // A program without Python that runs one plugin of a host library, for test_host_aarch64.py: host_driver.cpp in
-// TensorRT's place, linked with fake_libcuda.c. It prints each launch: kernel, grid, block, shared memory, last parameter.
+// TensorRT's place, linked with fake_libcuda.c. It prints each launch: kernel, grid, block, shared memory, N, K, shift.
 #include <cstdio>
 
 #include "host_driver.cpp"
@@ -10,7 +10,8 @@ static int print(const char* kernel, const unsigned* sizes, int, void*, void** p
   std::printf("%s", kernel);
   for (int i = 0; i < 7; i++) std::printf(" %u", sizes[i]);
   // weight, scale, x, y, N, K, shift
-  std::printf(" %d %d %d\n", *static_cast<int*>(parameters[4]), *static_cast<int*>(parameters[5]), *static_cast<int*>(parameters[6]));
+  for (int i = 4; i < 7; i++) std::printf(" %d", *static_cast<int*>(parameters[i]));
+  std::puts("");
   return 0;
 }
 

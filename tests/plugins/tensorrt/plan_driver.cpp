@@ -60,9 +60,12 @@ std::string written(const Plan& plan) {
   const auto number = [](int64_t value) { return std::to_string(value); };
   const auto launches = joined(plan.launches, [&](const Launch& one) {
     return "[\"" + one.kernel + "\", " + joined(one.grid, number) + ", " + joined(one.block, number) + ", " +
-           number(one.shared_bytes) + ", " + joined(one.arguments, [](const Argument& each) { return written(each); }) + "]";
+           number(one.shared_bytes) + ", " +
+           joined(one.arguments, [](const Argument& each) { return written(each); }) + "]";
   });
-  const auto workspace = joined(plan.workspace, [&](const auto& one) { return "[\"" + one.first + "\", " + number(one.second) + "]"; });
+  const auto workspace = joined(plan.workspace, [&](const auto& one) {
+    return "[\"" + one.first + "\", " + number(one.second) + "]";
+  });
   return "{\"launches\": " + launches + ", \"workspace\": " + workspace + "}";
 }
 
@@ -92,7 +95,8 @@ extern "C" const char* plan_of(const char* name, const char* attributes, const c
 
 extern "C" const char* workspace_of(const char* name, const char* attributes, const char* low, const char* high) {
   return told([&] {
-    return std::to_string(largest_workspace(find(name), read_attributes(attributes), read_shapes(low), read_shapes(high)));
+    const auto least = read_shapes(low), most = read_shapes(high);
+    return std::to_string(largest_workspace(find(name), read_attributes(attributes), least, most));
   });
 }
 
@@ -103,7 +107,8 @@ extern "C" const char* tensors_of(const char* name, const char* attributes) {
       return "[\"" + one.name + "\", \"" + type_name(one.type) + "\"]";
     });
     const auto outputs = joined(made.outputs, [](const Output& one) {
-      return "[\"" + one.name + "\", \"" + one.like + "\", \"" + one.last + "\", " + (one.in_place ? "true" : "false") + "]";
+      return "[\"" + one.name + "\", \"" + one.like + "\", \"" + one.last + "\", " +
+             (one.in_place ? "true" : "false") + "]";
     });
     const auto fields = joined(made.fields, [](const auto& one) {
       return "[\"" + one.first + "\", " + std::to_string(one.second.index()) + "]";

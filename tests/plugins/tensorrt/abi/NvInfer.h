@@ -1,5 +1,5 @@
-// The part of TensorRT's plugin interface (10.3 … 11, TensorRT-RTX 1.7) that vl2's C++ host uses, written down from its
-// documentation so that the host can be compiled and loaded where NVIDIA's headers cannot be had. For tests only: on a
+// The part of TensorRT's plugin interface (10.3 … 11, TensorRT-RTX 1.7) that vl2's C++ host uses, written down from
+// its documentation so that the host can be compiled and loaded where NVIDIA's headers cannot be had. For tests only: on a
 // device the host is compiled against the installed TensorRT's own NvInfer.h. Order of virtual functions and of members
 // is the interface; test_host_build.py loads what is compiled with it into the real TensorRT-RTX.
 #pragma once
