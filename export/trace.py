@@ -6,6 +6,7 @@ The traced graph holds standard operators and some of our own, which lowerings r
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import inspect
@@ -126,28 +127,35 @@ def _uncached() -> AbstractContextManager:
 
 @contextmanager
 def _translations_kept() -> Iterator[None]:
-    """torch.onnx asks onnxscript anew in every export for all translations, some 3,000: a quarter of a small trace.
+    """torch.onnx describes all its translations, some 550, anew in every export: a third of a small trace.
 
-    Where onnxscript keeps that function elsewhere, exports just take longer.
+    Where torch keeps them elsewhere, exports just take longer.
     """
     try:
-        from onnxscript._framework_apis import torch_2_5 as answers
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
     except ImportError:
-        answers = None
-    if not hasattr(answers, "get_torchlib_ops"):
+        ONNXRegistry = None
+    plain = vars(ONNXRegistry or object).get("from_torchlib")
+    if plain is None:
         yield
         return
-    asked = answers.get_torchlib_ops
-    answers.get_torchlib_ops = functools.partial(_kept, asked)
+    ONNXRegistry.from_torchlib = functools.partial(_described, ONNXRegistry.from_torchlib)
     try:
         yield
     finally:
-        answers.get_torchlib_ops = asked
+        ONNXRegistry.from_torchlib = plain
+
+
+def _described(describe: Callable[..., Any], **options: int) -> Any:
+    """A registry of its own, to which an export adds ours."""
+    made = copy.copy(_kept(describe, **options))
+    made.functions = {target: list(found) for target, found in made.functions.items()}
+    return made
 
 
 @functools.cache
-def _kept(asked: Callable[[], Any]) -> Any:
-    return asked()
+def _kept(describe: Callable[..., Any], **options: int) -> Any:
+    return describe(**options)
 
 
 _ATTRIBUTES = {int: OpSchema.AttrType.INT, bool: OpSchema.AttrType.INT, float: OpSchema.AttrType.FLOAT,
