@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist loadscope --no-loadscope-reorder \
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder \
 		--durations 25 --durations-min 5
 
 # The web page in Debian's chromium, which the package manager installs; too large for the suite.

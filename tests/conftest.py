@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -19,34 +19,25 @@ MINI_CHECKPOINTS = ("tiny-mini", "small-mini", "base-mini")
 NANO = Path(__file__).parents[1] / "nano" / "checkpoint"
 
 
-# Tests that export go to one worker, which traces each kind of layer once.
-EXPORTING = ("test_budget.py", "test_convert_verb.py", "test_quantization_verbs.py", "test_engine_verb.py",
-             "test_verb.py", "test_nano.py", "test_bench.py", "test_room.py", "test_build.py", "test_engine_answers.py",
-             "test_engine_choice.py")  # fmt: skip
-# Few tests, each of minutes or nearly: begun last, they would be all that a second worker waits for.
-LONGEST = ("test_readme.py", "test_packaging.py", "test_calibrated.py")
+# Begun first, in this order, each of some 30 s of a core: begun last, one would be all that a worker waits for.
+LONGEST = ("test_calibrated.py", "test_readme.py", "test_budget.py", "test_packaging.py", "test_engine_answers.py",
+           "test_quantized_bundle.py", "test_bundle.py", "test_cpu_lowering.py", "test_quantization_verbs.py",
+           "test_cli.py")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first."""
-    items.sort(key=lambda item: (not _exports(item.path), item.path.name not in LONGEST))
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Tests of a file on one worker, and all that export on one. xdist's own groups (3.8) are lost in pytest 9.2."""
-    from xdist.scheduler import LoadScopeScheduling
+@pytest.fixture(scope="session", autouse=True)
+def _traces_of_all_workers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Only where the exporter is imported already: tests of the device half run without torch."""
+    if hasattr(request.config, "workerinput") and "vl2.export.assemble" in sys.modules:
+        from tests.shared_traces import share_traces
 
-    class Files(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            path = Path(nodeid.partition("::")[0])
-            return "exports" if _exports(path) else str(path)
-
-    return Files(config, log)
-
-
-def _exports(path: Path) -> bool:
-    return path.parent.name == "export" or path.name in EXPORTING
+        share_traces(_shared_folder(request, tmp_path_factory) / "traces")
 
 
 @pytest.fixture(scope="session")
