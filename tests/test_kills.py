@@ -10,8 +10,6 @@ import hashlib
 import os
 import random
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import GOLDENS
+from tests.forked import in_a_child
 from vl2.calib.data import DataOptions
 from vl2.calib.progress import silent
 from vl2.calib.stream import StreamOptions
@@ -32,23 +31,6 @@ KILLS = int(os.environ.get("VL2_KILLS", "0"))
 pytestmark = pytest.mark.skipif(not KILLS, reason="takes minutes; VL2_KILLS=34 runs it")
 CHECKPOINT = GOLDENS / "tiny-mini"
 IMAGES = [(hashlib.sha256(bytes([number])).digest(), np.full((300, 64), number, np.float32)) for number in range(40)]
-
-
-def in_a_child(job: Callable[[], object], seconds: float | None) -> bool:
-    """Runs `job` in a forked process, killed after `seconds`; whether it ended by itself."""
-    child = os.fork()
-    if not child:
-        try:
-            job()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    timer = threading.Timer(seconds or 600, os.kill, (child, signal.SIGKILL))
-    timer.start()
-    status = os.waitpid(child, 0)[1]
-    timer.cancel()
-    assert status in (0, signal.SIGKILL), f"the job failed: {os.waitstatus_to_exitcode(status)}"
-    return status == 0
 
 
 def content(folder: Path) -> dict[str, str]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +13,7 @@ from torch import Tensor
 
 from tests.calib.reference import final_states, reference_model
 from tests.conftest import GOLDENS, MINI_CHECKPOINTS, NANO
+from tests.forked import dies, in_a_child
 from tests.quant.layer_files import put_into
 from vl2.calib.calibration_set import read_calibration_set
 from vl2.calib.data import DataOptions
@@ -25,7 +23,7 @@ from vl2.cli.calibrated import CalibratedJob, make_calibration_set, quantize_cal
 from vl2.model.vl2 import DeepseekVL2
 from vl2.quant.checkpoint import QuantizedCheckpoint
 from vl2.quant.method import METHODS
-from vl2.quant.quantizer import QuantizeOptions
+from vl2.quant.quantizer import QuantizeOptions, Quantizer
 
 # KLD on the calibration tokens under the int4 recipe, one and a half times what rounding measured: the minis are
 # random, and Base's sigmoid router changes its choices easily. GPTQ measured 0.20 to 0.54 of rounding's.
@@ -168,35 +166,31 @@ def test_the_description_tells_of_the_data_and_of_experts_that_leaned_on_their_l
     assert not [path.name for path in out.iterdir() if path.name.startswith(("job", "stream"))]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from vl2.calib.stream import StreamOptions
-from vl2.cli.calibrated import CalibratedJob, quantize_calibrated
-from vl2.quant.quantizer import QuantizeOptions, Quantizer
-checkpoint, calibration, out, place = map(Path, sys.argv[1:5])
-plain, l, stage = Quantizer.quantize_layer, *sys.argv[5:7]
-def dies(self, layer, at, statistics):
-    if place.name == "before" and (str(layer), at) == (l, stage):
-        os.kill(os.getpid(), signal.SIGKILL)
-    made = plain(self, layer, at, statistics)
-    if (str(layer), at) == (l, stage):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return made
-Quantizer.quantize_layer = dies
-quantize_calibrated(CalibratedJob(checkpoint, calibration, out, QuantizeOptions(method="awq+gptq"), StreamOptions()))
-"""
+def killed(job: CalibratedJob, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the job in a process that dies before or after it quantized the experts of layer 2."""
+    plain = Quantizer.quantize_layer
+
+    def quantize_layer(self, layer, stage, statistics):
+        there = (layer, stage) == (2, "mlp")
+        if there and moment == "before":
+            dies()
+        made = plain(self, layer, stage, statistics)
+        if there:
+            dies()
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Quantizer, "quantize_layer", quantize_layer)
+        assert not in_a_child(lambda: quantize_calibrated(job))
 
 
-def test_a_job_that_is_killed_twice_goes_on_and_gives_the_same_bytes(quantized, tmp_path: Path) -> None:
+def test_a_job_that_is_killed_twice_goes_on_and_gives_the_same_bytes(quantized, tmp_path: Path, monkeypatch) -> None:
     """Before a part was quantized, and, gone on, after it."""
     checkpoint = GOLDENS / "small-mini"
     calibration, whole = quantized(checkpoint, "awq+gptq")
     out = tmp_path / "out"
     for moment in ("before", "after"):
-        arguments = [str(part) for part in (checkpoint, calibration, out, moment, 2, "mlp")]
-        killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        killed(job(checkpoint, calibration, out, "awq+gptq"), moment, monkeypatch)
         assert not out.exists()
     quantize_calibrated(job(checkpoint, calibration, out, "awq+gptq"))
     assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}

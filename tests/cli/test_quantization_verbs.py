@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +13,14 @@ import pytest
 from PIL import Image
 
 from tests.conftest import GOLDENS
+from tests.forked import dies, in_a_child
 from vl2.cli import cli, run_command
 from vl2.cli.options import METHODS, RECIPES, ByteSize, Share
 from vl2.folder_lock import work_folder
 from vl2.json_file import read_json
 from vl2.quant import method as quant_method
 from vl2.quant import recipe as quant_recipe
+from vl2.quant.quantizer import Quantizer
 
 TINY = GOLDENS / "tiny-mini"
 
@@ -200,25 +201,24 @@ def test_the_quantized_checkpoint_stays_where_it_was_asked_to_and_gives_the_same
     assert code == 1 and "kept exists" in talk and not (tmp_path / "three.work").exists()
 
 
-KILLED = """
-import os, signal, sys
-from vl2.cli import main
-from vl2.quant.quantizer import Quantizer
-plain = Quantizer.quantize_layer
-def dies(self, layer, stage, statistics):
-    if layer == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return plain(self, layer, stage, statistics)
-Quantizer.quantize_layer = dies
-sys.exit(main())
-"""
+def killed_at_layer_2(arguments: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the command in a process that dies when it comes to quantize layer 2."""
+    plain = Quantizer.quantize_layer
+
+    def quantize_layer(self, layer, stage, statistics):
+        if layer == 2:
+            dies()
+        return plain(self, layer, stage, statistics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Quantizer, "quantize_layer", quantize_layer)
+        assert not in_a_child(lambda: run_command(cli, "vl2", [str(argument) for argument in arguments]))
 
 
-def test_one_command_makes_a_bundle_and_goes_on_after_it_was_killed(vl2, tmp_path: Path) -> None:
+def test_one_command_makes_a_bundle_and_goes_on_after_it_was_killed(vl2, tmp_path: Path, monkeypatch) -> None:
     out, work = tmp_path / "b", tmp_path / "b.work"
     asked = ["export", TINY, "--scheme", "int4", "--samples", 2, "--no-verify", "--out", out]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, asked)], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed_at_layer_2(asked, monkeypatch)
     finished = sorted(path.name for path in (work / "tiny-mini-int4.partial").glob("model-*.json"))
     assert len(finished) == 4 and not out.exists(), "layers 0 and 1"
     code, _, talk = vl2(*asked, "--method", "rtn")

@@ -6,14 +6,12 @@ import errno
 import os
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.export.checkpoints import copy_checkpoint
+from tests.forked import dies, in_a_child
 from vl2.errors import VL2Error
 from vl2.export import ExportOptions, export_checkpoint
 from vl2.export.staging import STATE_NAME, open_staging
@@ -65,13 +63,12 @@ def test_an_export_that_is_killed_leaves_no_bundle_and_is_resumed(
     checkpoint: Path, tmp_path: Path, bundle_of
 ) -> None:
     out = tmp_path / "bundle"
-    code = (
-        "import os, signal, sys; from pathlib import Path; from vl2.export import *\n"
-        "die = lambda stage, done, total: os.kill(os.getpid(), signal.SIGKILL) if stage == 'decoder graph' else None\n"
-        "export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), ExportOptions('fp16', verify=False), die)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(checkpoint), str(out)], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+
+    def progress(stage: str, done_bytes: int, total_bytes: int) -> None:
+        if stage == "decoder graph":
+            dies()
+
+    assert not in_a_child(lambda: export_checkpoint(checkpoint, out, OPTIONS, progress))
     assert not out.exists() and (partial(out) / "vision.data").exists()
     before = (partial(out) / "vision.data").stat().st_mtime_ns
     manifest = export_checkpoint(checkpoint, out, OPTIONS)
