@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 
+from vl2.cli import cli, run_command
+from vl2.cli.export import command as export
 from vl2.cli.reference import reference
 from vl2.nano.demo import ANSWER
 
@@ -22,6 +25,13 @@ def vl2(*arguments: object, stdin: str = "", program: str = "main", env=None) ->
     code = f"import sys; from vl2.cli import {program}; sys.exit({program}())"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, env=env)
+
+
+def here(capfd: pytest.CaptureFixture[str], *arguments: object, program: click.Command = cli) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a verb that needs torch, which a process of its own would import anew."""
+    capfd.readouterr()
+    code = run_command(program, "vl2", [str(argument) for argument in arguments])
+    return code, *capfd.readouterr()
 
 
 @pytest.mark.parametrize("arguments", [
@@ -99,17 +109,18 @@ def test_a_count_of_images_that_does_not_match_the_prompt_is_an_error(bundle_of)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "image" in done.stderr
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
-    done = vl2(GOLDENS / "tiny-mini", "--out", tmp_path / "bundle", "--dry-run", "--json", program="export_main")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) and list(tmp_path.iterdir()) == []
+def test_a_dry_run_prints_the_plan_and_writes_nothing(capfd, tmp_path):
+    code, told, talk = here(capfd, GOLDENS / "tiny-mini", "--out", tmp_path / "bundle", "--dry-run", "--json",
+                            program=export)
+    assert code == 0, talk
+    assert json.loads(told) and list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_bundle_is_not_replaced_without_force(bundle_of):
+def test_an_existing_bundle_is_not_replaced_without_force(capfd, bundle_of):
     bundle = bundle_of(GOLDENS / "tiny-mini")
     before = (bundle / "manifest.json").read_bytes()
-    done = vl2(GOLDENS / "tiny-mini", "--out", bundle, program="export_main")
-    assert done.returncode == 1 and "--force" in done.stderr
+    code, _, talk = here(capfd, GOLDENS / "tiny-mini", "--out", bundle, program=export)
+    assert code == 1 and "--force" in talk
     assert (bundle / "manifest.json").read_bytes() == before
 
 
@@ -136,8 +147,8 @@ def test_chat_answers_each_line_and_goes_on_after_an_error(bundle_of, tmp_path):
     assert answers[0] == answers[-2], "after /reset the first question is answered as at first"
 
 
-def test_the_demo_gives_the_right_answer_and_says_where_the_bundle_is(tmp_path):
-    done = vl2("demo", "--out", tmp_path / "nano.bundle")
-    assert done.returncode == 0, done.stderr
-    answer, place = done.stdout.splitlines()
+def test_the_demo_gives_the_right_answer_and_says_where_the_bundle_is(capfd, tmp_path):
+    code, told, talk = here(capfd, "demo", "--out", tmp_path / "nano.bundle")
+    assert code == 0, talk
+    answer, place = told.splitlines()
     assert answer == ANSWER and place == f"bundle: {(tmp_path / 'nano.bundle').resolve()}"
