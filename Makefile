@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test test-page test-engines nano nano-shipped lint clean
+.PHONY: demo test test-thorough test-page test-engines nano nano-shipped lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/vl2 demo
@@ -11,6 +11,10 @@ test: $(VENV)/.installed
 	$(VENV)/bin/ruff check
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder \
 		--durations 25 --durations-min 5
+
+# The operators' C++ under sanitizers and, where Debian's cross compiler and qemu are, on an emulated Arm processor.
+test-thorough: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist load -m thorough tests/plugins
 
 # The web page in Debian's chromium, which the package manager installs; too large for the suite.
 test-page: $(VENV)/.installed

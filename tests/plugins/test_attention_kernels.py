@@ -37,6 +37,7 @@ def has_sanitizers(compiler: str) -> bool:
     return subprocess.run(program, input="int main() {}", text=True, capture_output=True).returncode == 0
 
 
+@pytest.mark.thorough
 def test_the_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path):
     if platform.machine() != "x86_64" or shutil.which("g++") is None or not has_sanitizers("g++"):
         pytest.skip("no g++ with sanitizers for x86-64")
@@ -46,6 +47,7 @@ def test_the_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(
     assert done.returncode == 0 and "scalar done" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.thorough
 def test_the_kernels_agree_on_an_emulated_arm_processor(tmp_path):
     emulator = next((name for name in EMULATORS if shutil.which(name)), None)
     if shutil.which(CROSS_COMPILER) is None or emulator is None:

@@ -94,6 +94,7 @@ def has_sanitizers(compiler: str) -> bool:
     return subprocess.run(program, input="int main() {}", text=True, capture_output=True).returncode == 0
 
 
+@pytest.mark.thorough
 def test_the_operators_are_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path):
     if platform.machine() not in BY_PROCESSOR or shutil.which("g++") is None or not has_sanitizers("g++"):
         pytest.skip("no g++ with sanitizers for this processor")
@@ -103,6 +104,7 @@ def test_the_operators_are_clean_under_address_and_undefined_behaviour_sanitizer
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.thorough
 def test_the_operators_agree_on_an_emulated_arm_processor(tmp_path):
     if shutil.which(CROSS_COMPILER) is None or shutil.which(EMULATOR) is None:
         pytest.skip(f"{CROSS_COMPILER} or {EMULATOR} is not installed (Debian: g++-aarch64-linux-gnu, qemu-user)")
