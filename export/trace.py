@@ -56,7 +56,7 @@ def trace(
     """The ONNX model of a module on the meta device; initializers named as its parameters, without data."""
     substitute(module, substitutes)
     arguments = tuple(_sample(port) for port in inputs)
-    with _quiet(), _uninterrupted(), _uncached(), _translations_kept(), torch.no_grad():
+    with _quiet(), _uninterrupted(), _uncached(), _translations_kept(), _operators_listed_once(), torch.no_grad():
         program = torch.export.export(module.eval(), arguments, dynamic_shapes=_dynamic(module, inputs), strict=False)
         translated = torch.onnx.export(
             program,
@@ -127,23 +127,38 @@ def _uncached() -> AbstractContextManager:
 
 @contextmanager
 def _translations_kept() -> Iterator[None]:
-    """torch.onnx describes all its translations, some 550, anew in every export: a third of a small trace.
-
-    Where torch keeps them elsewhere, exports just take longer.
-    """
+    """torch.onnx describes all its translations, some 550, anew in every export: a third of a small trace."""
     try:
         from torch.onnx._internal.exporter._registration import ONNXRegistry
     except ImportError:
-        ONNXRegistry = None
-    plain = vars(ONNXRegistry or object).get("from_torchlib")
+        ONNXRegistry = object
+
+    def described(plain: classmethod) -> Callable[..., Any]:
+        return functools.partial(_described, plain.__get__(None, ONNXRegistry))
+
+    with _replaced(ONNXRegistry, "from_torchlib", described):
+        yield
+
+
+@contextmanager
+def _operators_listed_once() -> Iterator[None]:
+    """torch.export lists all operators anew for each of 28 namespaces, twice a trace, in which none is added."""
+    with _replaced(torch._export.utils, "_materialize_cpp_cia_ops", functools.cache):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, replacement: Callable[[Any], Any]) -> Iterator[None]:
+    """With replacement(plain) in place of a member of torch; where it has none of the name, exports take longer."""
+    plain = vars(owner).get(name)
     if plain is None:
         yield
         return
-    ONNXRegistry.from_torchlib = functools.partial(_described, ONNXRegistry.from_torchlib)
+    setattr(owner, name, replacement(plain))
     try:
         yield
     finally:
-        ONNXRegistry.from_torchlib = plain
+        setattr(owner, name, plain)
 
 
 def _described(describe: Callable[..., Any], **options: int) -> Any:
