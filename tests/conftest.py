@@ -22,7 +22,7 @@ NANO = Path(__file__).parents[1] / "nano" / "checkpoint"
 # Begun first, in this order, each of some 30 s of a core: begun last, one would be all that a worker waits for.
 LONGEST = ("test_calibrated.py", "test_readme.py", "test_budget.py", "test_packaging.py", "test_engine_answers.py",
            "test_quantized_bundle.py", "test_bundle.py", "test_cpu_lowering.py", "test_quantization_verbs.py",
-           "test_cli.py")  # fmt: skip
+           "test_cli.py", "test_family.py", "test_examples.py", "test_oldest_python.py")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

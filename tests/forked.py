@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 
@@ -13,6 +14,8 @@ def in_a_child(job: Callable[[], object], seconds: float | None = None) -> bool:
     child = os.fork()
     if not child:
         try:
+            if "torch" in sys.modules:
+                sys.modules["torch"].set_num_threads(1)  # OpenMP's threads are not forked along
             job()
             os._exit(0)
         except BaseException:
