@@ -29,7 +29,8 @@ def engine_graphs(graphs: dict[str, Graph]) -> dict[str, Graph]:
 
 def build_engine_graph(name: str, config: ModelConfig, data: DataFile) -> tuple[ir.Model, list[PlacedWeight]]:
     """As `to_onnx.build_graph`."""
-    traced = assemble(name, config, data.storing.kv_cache)
+    # the tower's attention stays standard: engines fuse it themselves
+    traced = assemble(name, config, data.storing.kv_cache if name == "decoder" else None)
     arrange_weights(traced.model, traced.weights)
     if name == "decoder":
         return lower_decoder(traced, data.storing)

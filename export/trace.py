@@ -26,6 +26,7 @@ from vl2.export.passes.fold_constants import fold_constants
 from vl2.manifest import Port
 from vl2.model.attention import Attention, LatentAttention
 from vl2.model.moe import Experts, MoE
+from vl2.model.vision import VisionAttention
 from vl2.plugins.attention import op as attention_op
 from vl2.plugins.attention.op import TracedAttention
 from vl2.plugins.experts import moe as moe_op
@@ -33,6 +34,8 @@ from vl2.plugins.experts import op as experts_op
 from vl2.plugins.latent_attention import op as latent_attention_op
 from vl2.plugins.latent_attention.op import TracedLatentAttention
 from vl2.plugins.substitution import Substitutes, substitute
+from vl2.plugins.vision_attention import op as vision_attention_op
+from vl2.plugins.vision_attention.op import TracedVisionAttention
 
 # Newest opset that every ONNX Runtime from 1.20 on and TensorRT from 10.3 on reads.
 OPSET = 20
@@ -42,7 +45,7 @@ DOMAIN = "vl2"
 # keep the operators of `plugins/`.
 STANDARD: Substitutes = {Experts: experts_op.TracedExperts}
 ROUNDING: Substitutes = {Attention: TracedAttention, LatentAttention: TracedLatentAttention}
-NATIVE: Substitutes = {MoE: moe_op.TracedMoE, **ROUNDING}
+NATIVE: Substitutes = {MoE: moe_op.TracedMoE, VisionAttention: TracedVisionAttention, **ROUNDING}
 
 # Sizes for tracing: distinct, so that no two sides are taken for one; past and new tokens of 0 and 1 are tested.
 _SIZES = {"batch": 2, "tokens": 3, "past": 5, "total": 8, "capacity": 7, "tiles": 2}
@@ -204,6 +207,7 @@ def _operator(
 _LINEAR = _operator("Linear", {"x": "float", "weight": "float", "bias": "float"}, optional=("bias",))
 _EXPERTS = _operator(experts_op.OP_TYPE, experts_op.INPUTS)
 _MOE = _operator(moe_op.OP_TYPE, moe_op.INPUTS, moe_op.OPTIONAL, moe_op.RULE)
+_VISION_ATTENTION = _operator(vision_attention_op.OP_TYPE, {"qkv": "float"}, (), {"heads": int, "scale": float})
 
 
 def _attention_operator(op_type: str, inputs: tuple[str, ...]) -> Op:
@@ -219,6 +223,10 @@ _ATTENTIONS = {op.OP_TYPE: _attention_operator(op.OP_TYPE, op.INPUTS) for op in 
 
 def _attention(inputs, op_type, scale):
     return _ATTENTIONS[op_type](*inputs, scale=scale)
+
+
+def _vision_attention(qkv, heads, scale):
+    return _VISION_ATTENTION(qkv, heads=heads, scale=scale)
 
 
 def _linear(x, weight, bias=None):
@@ -241,6 +249,7 @@ _TRANSLATIONS = {
     torch.ops.vl2.experts.default: _experts,
     torch.ops.vl2.moe.default: _moe,
     torch.ops.vl2.attention_node.default: _attention,
+    torch.ops.vl2.vision_attention.default: _vision_attention,
 }
 
 

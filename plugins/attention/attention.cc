@@ -27,7 +27,8 @@ struct Attention {
     p.batch = side(query, "query", 3, 0);
     p.tokens = side(query, "query", 3, 1);
     p.capacity = side(keys, "key_cache", 4, 1);
-    p.kv_heads = side(keys, "key_cache", 4, 2);
+    p.kv_heads = p.token_rows = side(keys, "key_cache", 4, 2);
+    p.causal = true;
     const int64_t size = side(keys, "key_cache", 4, 3), width = query.shape[2];
     require(size > 0 && size % 2 == 0, "the head size is " + std::to_string(size) + ", expected an even number");
     require(p.kv_heads > 0 && width > 0 && width % (size * p.kv_heads) == 0,

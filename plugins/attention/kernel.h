@@ -21,7 +21,7 @@ inline bool write_new(const Problem& p, const Rows& rows, const Cache& cache, co
     for (int64_t t = first; t < least(first + kTokens, p.tokens); ++t)
       for (int64_t g = 0; g < p.kv_heads; ++g) {
         gather_row(rows, p, b, t, g, row);
-        store_row(cache, (b * p.capacity + p.past[b] + t) * p.kv_heads + g, row);
+        store_row(cache, (b * p.capacity + p.past[b] + t) * p.token_rows + g, row);
       }
   });
   return !failed;
@@ -30,8 +30,8 @@ inline bool write_new(const Problem& p, const Rows& rows, const Cache& cache, co
 // False where memory ran out.
 inline bool attend(const Problem& p, const Parallel& parallel) {
   if (p.batch == 0 || p.tokens == 0) return true;
-  if (!write_new(p, p.new_keys, p.keys, parallel)) return false;
-  if (!p.shared_values() && !write_new(p, p.new_values, p.values, parallel)) return false;
+  if (p.new_keys.width() && !write_new(p, p.new_keys, p.keys, parallel)) return false;
+  if (p.new_values.width() && !write_new(p, p.new_values, p.values, parallel)) return false;
   if (!streams(p) || p.keys.type != p.values.type) return attend_tiled(p, parallel);
   switch (p.keys.type) {
     case CacheType::kFloat: return attend_streaming<float>(p, parallel);

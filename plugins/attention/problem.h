@@ -1,4 +1,4 @@
-// What both attention operators compute, in plain pointers and sizes. Instruction-set neutral.
+// What the attention operators compute, in plain pointers and sizes. Instruction-set neutral.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ struct Rows {
   int64_t width() const { return plain_width + rotary_width; }
 };
 
-// data [slots, capacity, kv_heads, plain_width + rotary_width]; scales [slots, capacity, kv_heads, parts] for INT8,
+// data [slots, capacity, token_rows, plain_width + rotary_width]; scales [slots, capacity, token_rows, parts] for INT8,
 // one for each part of the row that has a width: value = code * scale.
 struct Cache {
   void* data;
@@ -41,10 +41,13 @@ struct Cache {
 };
 
 // Writes the new keys (and values) at past[b] and gives each query the softmax-weighted values of the keys it may see:
-// all of the past, and of the new ones those up to its own token.
+// all of the past, and of the new ones those up to its own token, or all where the problem is not causal.
+// new_keys of width 0: the keys and values of the tokens lie in the caches already.
 // values.data == nullptr: the values are the first value_width elements of the keys (latent attention).
 struct Problem {
   int64_t batch, tokens, heads, kv_heads, capacity;
+  int64_t token_rows;  // rows of the caches from a token to the next: kv_heads, or more where others lie between
+  bool causal;
   Rows query, new_keys, new_values;
   const float *cos, *sin;  // [batch, tokens, rotary_width]
   Cache keys, values;
@@ -57,6 +60,8 @@ struct Problem {
 
   int64_t group() const { return heads / kv_heads; }
   bool shared_values() const { return values.data == nullptr; }
+  // Keys that the query of token t of batch entry b sees.
+  int64_t seen(int64_t b, int64_t t) const { return past[b] + (causal ? t + 1 : tokens); }
 };
 
 }  // namespace attention

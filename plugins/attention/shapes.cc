@@ -91,7 +91,7 @@ Problem entry_of(const Problem& whole, int64_t b) {
   Problem p = whole;
   p.batch = 1;
   for (Rows* rows : {&p.query, &p.new_keys, &p.new_values}) shift(*rows, b);
-  for (Cache* cache : {&p.keys, &p.values}) shift(*cache, whole.slot[b] * p.capacity * p.kv_heads);
+  for (Cache* cache : {&p.keys, &p.values}) shift(*cache, whole.slot[b] * p.capacity * p.token_rows);
   p.cos += b * p.tokens * p.query.rotary_width;
   p.sin += b * p.tokens * p.query.rotary_width;
   p.past += b;

@@ -11,7 +11,9 @@ struct Stream {
   int64_t state_floats() const { return p.heads * (p.value_width + 2); }
 };
 
-inline bool streams(const Problem& p) { return p.tokens == 1 && p.group() <= 4 && !p.shared_values(); }
+inline bool streams(const Problem& p) {
+  return p.tokens == 1 && p.group() <= 4 && p.causal && !p.shared_values();
+}
 
 template <typename T>
 inline float dot(const float* q, const T* key, int64_t width) {

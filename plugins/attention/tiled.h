@@ -93,7 +93,7 @@ inline void gather_block(const Problem& p, const Blocks& blocks, const Block& bl
 // A tile of a cache from row `row` on, as floats in the space that `tile` names.
 inline void fill_tile(const Problem& p, const Cache& cache, int64_t row, const Tile& tile, float* space) {
   const int64_t width = cache.width();
-  for (int64_t i = 0; i < tile.n; ++i, row += p.kv_heads) {
+  for (int64_t i = 0; i < tile.n; ++i, row += p.token_rows) {
     float* to = space + i * kSegment;
     int64_t c = 0;
     // a constant width lets the compiler unroll
@@ -117,10 +117,10 @@ struct Tiled {
 
 // How many of the tile's n tokens each row sees, in visible [rows]; false where all rows see all.
 inline bool limit_rows(const Problem& p, const Blocks& blocks, const Block& block, int64_t t, int64_t n, float* visible) {
-  const int64_t count = rows_of(p, blocks, block), past = p.past[block.b];
-  if (past + block.first / p.group() + 1 >= t + n) return false;
+  const int64_t count = rows_of(p, blocks, block);
+  if (p.seen(block.b, block.first / p.group()) >= t + n) return false;
   for (int64_t r = 0; r < blocks.rows; ++r) {
-    const int64_t seen = r < count ? past + (block.first + r) / p.group() + 1 - t : 0;
+    const int64_t seen = r < count ? p.seen(block.b, (block.first + r) / p.group()) - t : 0;
     visible[r] = static_cast<float>(most(least(seen, n), 0));
   }
   return true;
@@ -166,10 +166,10 @@ inline void attend_range(const Tiled& tiled, const Block& block, int64_t begin, 
   float* s = value_space + tile * segmented(p.value_width);
   float* visible = s + tile * tiled.blocks.rows;
   for (int64_t t = begin; t < end; t += tile) {
-    const int64_t n = least(tile, end - t), row = (block.b * p.capacity + t) * p.kv_heads + block.g;
+    const int64_t n = least(tile, end - t), row = (block.b * p.capacity + t) * p.token_rows + block.g;
     Tile keys{own, tile, n, nullptr, 0}, values = keys;
     fill_tile(p, p.keys, row, keys, own);
-    if (p.kv_heads == 1 && t + n < end) {
+    if (p.token_rows == 1 && t + n < end) {
       const int64_t step = p.keys.element_size() * (tiled.blocks.regs == 1 ? 2 : 1) * Lanes::kTokens;
       keys.ahead = static_cast<const char*>(p.keys.data) + (block.b * p.capacity + t + n) * width * p.keys.element_size();
       keys.ahead_step = step;

@@ -52,7 +52,7 @@ inline bool attend_whole(const Tiled& tiled, int64_t index) {
   const State state(space - State::floats(p, tiled.blocks), p, tiled.blocks);
   gather_block(p, tiled.blocks, block, space, q);
   state.clear(p, tiled.blocks);
-  attend_range(tiled, block, 0, p.past[block.b] + last + 1, q, own, state);
+  attend_range(tiled, block, 0, p.seen(block.b, last), q, own, state);
   write_columns(tiled, block, state, 0, p.value_width);
   return true;
 }
@@ -67,7 +67,7 @@ inline bool attend_chunk(const Tiled& tiled, int64_t index) {
   const int64_t last = (block.first + rows_of(p, tiled.blocks, block) - 1) / p.group();
   const State state(tiled.states + index * State::floats(p, tiled.blocks), p, tiled.blocks);
   state.clear(p, tiled.blocks);
-  const int64_t end = least(begin + tiled.blocks.chunk, p.past[block.b] + last + 1);
+  const int64_t end = least(begin + tiled.blocks.chunk, p.seen(block.b, last));
   attend_range(tiled, block, begin, end, tiled.q + number * tiled.q_floats(), own, state);
   return true;
 }

@@ -31,7 +31,8 @@ struct LatentAttention {
     const int64_t rank = side(query, "query", 4, 3), rotary = side(rope, "key_rope", 3, 2);
     require(p.heads > 0 && rank > 0, "query has the shape " + query.describe() + ", expected heads and rank above 0");
     require(rotary > 0 && rotary % 2 == 0, "key_rope has " + std::to_string(rotary) + " columns, expected an even number");
-    p.kv_heads = 1;
+    p.kv_heads = p.token_rows = 1;
+    p.causal = true;
     p.capacity = side(cache, "cache", 3, 1);
     const int64_t slots = call.input(kRow) ? cache.shape[0] : p.batch;
     check_shape(cache, "cache", {slots, p.capacity, rank + rotary});

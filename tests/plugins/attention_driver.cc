@@ -109,7 +109,8 @@ double try_case(const Case& c, CacheType type, Isa isa) {
   Held keys(c, type, c.rank, c.rotary), values(c, type, c.rotary, 0);
   const int64_t slot = 0;
   Problem p{};
-  p.batch = 1, p.tokens = c.tokens, p.heads = c.heads, p.kv_heads = c.kv_heads, p.capacity = c.past + c.tokens;
+  p.batch = 1, p.tokens = c.tokens, p.heads = c.heads, p.kv_heads = p.token_rows = c.kv_heads;
+  p.capacity = c.past + c.tokens, p.causal = true;
   p.query = {q.get(), c.rank, {0, c.rank, c.tokens * c.rank}, rope.get(), c.rotary, {0, c.heads * c.rotary, c.rotary}, latent};
   p.new_keys = {k.get(), c.rank, {0, c.rank, 0}, v.get(), c.rotary, {0, c.kv_heads * c.rotary, c.rotary}, latent};
   p.new_values = {v.get(), c.rotary, {0, c.kv_heads * c.rotary, c.rotary}, nullptr, 0, {}, false};

@@ -1,0 +1,1 @@
+"""Attention of the vision tower as one operator."""
