@@ -2,12 +2,15 @@
 
 #include <numeric>
 
+#include "native/target.h"
+
 namespace vl2 {
 namespace attention {
 
 bool attend_scalar(const Problem& problem, const Parallel& parallel);
 bool attend_avx2(const Problem& problem, const Parallel& parallel);
 bool attend_avx512(const Problem& problem, const Parallel& parallel);
+bool attend_amx(const Problem& problem, const Parallel& parallel);
 bool attend_neon(const Problem& problem, const Parallel& parallel);
 
 void check_shape(const Tensor& tensor, const char* name, const std::vector<int64_t>& wanted) {
@@ -109,8 +112,10 @@ void run(const Problem& problem, Isa isa, const Parallel& parallel) {
     case Isa::avx2:
     case Isa::avxvnni: attend = attend_avx2; break;
     case Isa::avx512:
-    case Isa::avx512vnni:
-    case Isa::amx: attend = attend_avx512; break;
+    case Isa::avx512vnni: attend = attend_avx512; break;
+#if VL2_HAS_AMX
+    case Isa::amx: attend = attend_amx; break;
+#endif
 #elif defined(__aarch64__)
     case Isa::neon:
     case Isa::dotprod: attend = attend_neon; break;
