@@ -27,11 +27,11 @@ inline Blocks make_blocks(const Problem& p) {
   Blocks blocks;
   const int64_t rows = p.tokens * p.group(), total = longest_past(p) + p.tokens;
   blocks.regs = rows <= Lanes::kLanes ? 1 : 2;
-  const int64_t lanes = blocks.lanes(), wide = p.query.width() > 256 ? 32 : 64;
+  const int64_t lanes = blocks.lanes(), wide = p.query.width() > 256 ? 32 : 128;
   blocks.rows = least(quotient_up(rows, lanes) * lanes, most(wide, lanes));
   blocks.per_head = quotient_up(rows, blocks.rows);
   // wide rows stay in the first-level cache from their expansion to their use; narrow ones save on rescaling
-  blocks.tile = (p.query.width() > 256 ? 2 : 8) * Lanes::kTokens;
+  blocks.tile = (p.query.width() > 256 ? 2 : 4) * Lanes::kTokens;
   const int64_t tasks = p.batch * p.kv_heads * blocks.per_head;
   const int64_t share = most(least(quotient_up(total * tasks, kEnoughTasks), kLongest), kShortest);
   blocks.chunk = quotient_up(tasks >= kEnoughTasks ? total : share, blocks.tile) * blocks.tile;

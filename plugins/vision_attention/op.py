@@ -1,7 +1,7 @@
 """Attention of the vision tower as one operator: every token sees all of its tile (specification 5).
 
-`vision_attention` is the signature and the reference of the kernels (README.md); `TracedVisionAttention` leaves the node
-`vl2::VisionAttention` in a traced graph.
+`vision_attention` is the signature and the reference of the kernels (README.md); `TracedVisionAttention` leaves the
+node `vl2::VisionAttention` in a traced graph.
 """
 
 from __future__ import annotations

@@ -79,6 +79,17 @@ def test_every_linear_and_all_experts_and_attentions_are_nodes_of_the_library(ex
     assert sum(node.op_type == "MatMul" for node in nodes) == moe + 2 * layers * config.use_mla
 
 
+def test_the_towers_attention_is_one_node_a_block(exported) -> None:
+    folder, bundle, manifest = exported
+    vision = load_config(folder).vision_config
+    nodes = onnx.load(bundle / manifest.graphs["vision"].file, load_external_data=False).graph.node
+    found = [{a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} for node in nodes
+             if node.op_type == "VisionAttention"]
+    scale = pytest.approx((vision.width // vision.heads) ** -0.5)
+    assert found == [{"heads": vision.heads, "scale": scale}] * vision.layers
+    assert not any(node.op_type in ("Softmax", "MatMul") for node in nodes)
+
+
 def test_stored_weights_are_the_checkpoints_bit_for_bit(exported) -> None:
     folder, bundle, manifest = exported
     config, weights = load_config(folder), {name: tensor.float().numpy() for name, tensor in iter_tensors(folder)}

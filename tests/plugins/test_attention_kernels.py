@@ -42,7 +42,8 @@ def test_the_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(
     if platform.machine() != "x86_64" or shutil.which("g++") is None or not has_sanitizers("g++"):
         pytest.skip("no g++ with sanitizers for x86-64")
     # AVX2 differs from AVX512 by its lanes only, and compiling is what this test spends its time on
-    flags = {"scalar": SANITIZERS, "avx512": [SANITIZERS[0].removesuffix(",undefined")], "avx2": []}
+    addresses = [SANITIZERS[0].removesuffix(",undefined")]
+    flags = {"scalar": SANITIZERS, "avx512": addresses, "avx2": [], "amx": addresses}
     done = subprocess.run([build("g++", flags, SANITIZERS, tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0 and "scalar done" in done.stdout, done.stdout + done.stderr
 
