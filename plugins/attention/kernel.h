@@ -31,7 +31,7 @@ inline bool write_new(const Problem& p, const Rows& rows, const Cache& cache, co
 inline bool attend(const Problem& p, const Parallel& parallel, bool (*attend_blocks)(const Problem&, const Parallel&) = attend_tiled) {
   if (p.batch == 0 || p.tokens == 0) return true;
   if (p.new_keys.width() && !write_new(p, p.new_keys, p.keys, parallel)) return false;
-  if (p.new_values.width() && !write_new(p, p.new_values, p.values, parallel)) return false;
+  if (!p.shared_values() && p.new_values.width() && !write_new(p, p.new_values, p.values, parallel)) return false;
   if (!streams(p) || p.keys.type != p.values.type) return attend_blocks(p, parallel);
   switch (p.keys.type) {
     case CacheType::kFloat: return attend_streaming<float>(p, parallel);

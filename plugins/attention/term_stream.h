@@ -2,12 +2,15 @@
 // A part of kernel_amx.cc.
 #pragma once
 
-// A chunk of the keys of 8 tokens from column c on.
+// A chunk of the keys of 8 tokens from column c on; what lies kAhead tokens further is asked for, into the second level.
 inline void pack_eight_keys(const FloatRows& keys, int64_t c, int64_t first, int64_t n, uint16_t* to) {
+  constexpr int64_t kAhead = 64;
   const __mmask16 low = lanes_below(keys.width - c), high = lanes_below(keys.width - c - kRows);
   const float* from = keys.data + first * keys.stride + c;
   to += first / kRows * kTermed + first % kRows * kPairs;
   for (int64_t i = first; i < least(n, first + 8); ++i, from += keys.stride, to += kPairs) {
+    __builtin_prefetch(from + kAhead * keys.stride, 0, 2);
+    __builtin_prefetch(from + kAhead * keys.stride + kRows, 0, 2);
     store_terms(_mm512_maskz_loadu_ps(low, from), _mm512_maskz_loadu_ps(high, from + kRows), to);
   }
 }
