@@ -28,7 +28,8 @@ inline bool write_new(const Problem& p, const Rows& rows, const Cache& cache, co
 }
 
 // False where memory ran out.
-inline bool attend(const Problem& p, const Parallel& parallel, bool (*attend_blocks)(const Problem&, const Parallel&) = attend_tiled) {
+inline bool attend(const Problem& p, const Parallel& parallel,
+                   bool (*attend_blocks)(const Problem&, const Parallel&) = attend_tiled) {
   if (p.batch == 0 || p.tokens == 0) return true;
   if (p.new_keys.width() && !write_new(p, p.new_keys, p.keys, parallel)) return false;
   if (!p.shared_values() && p.new_values.width() && !write_new(p, p.new_values, p.values, parallel)) return false;

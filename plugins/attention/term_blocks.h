@@ -89,7 +89,8 @@ inline void gather_terms(const Termed& t, const Block& block, float* space, uint
 // n rows of a cache from row `row` on as floats: where they lie, or expanded in `space`.
 inline FloatRows rows_as_floats(const Problem& p, const Cache& cache, int64_t row, int64_t n, float* space) {
   const int64_t width = cache.width();
-  if (cache.type == CacheType::kFloat) return {static_cast<const float*>(cache.data) + row * width, p.token_rows * width, width};
+  if (cache.type == CacheType::kFloat)
+    return {static_cast<const float*>(cache.data) + row * width, p.token_rows * width, width};
   for (int64_t i = 0; i < n; ++i, row += p.token_rows) load_columns(cache, row, 0, width, space + i * width);
   return {space, width, width};
 }
@@ -103,7 +104,7 @@ inline void keep_sums(const float* keep, int64_t stride, float* o) {
   }
 }
 
-// Scores of n tokens in own.s become weights, and they terms; the sums o of the rows before are brought to the new scale.
+// Scores of n tokens in own.s become weights, and they terms; the sums of the rows before are brought to the new scale.
 inline void weigh(const Termed& t, int64_t n, const TermSpace& own, const float* limits, int64_t first, bool fresh,
                   const TermState& state) {
   float keep[kRows];
@@ -121,7 +122,8 @@ inline void stream_terms(const Termed& t, const uint16_t* q, const FloatRows& ke
     stream_scores(q, {keys.data + first * keys.stride, keys.stride, keys.width}, n - first, own.keys,
                   own.s + first * kRows, own.rest);
   weigh(t, n, own, limits, 0, fresh, state);
-  (n > kPairs ? stream_term_values<2> : stream_term_values<1>)(own.weights, values, n, fresh, own.values, state.o, t.sums_stride());
+  const auto add = n > kPairs ? stream_term_values<2> : stream_term_values<1>;
+  add(own.weights, values, n, fresh, own.values, state.o, t.sums_stride());
 }
 
 // Takes a tile of n tokens into the sums of every group of rows; visible: as in limit_rows or null.
@@ -164,7 +166,8 @@ inline void attend_terms_range(const Termed& t, const Block& block, int64_t begi
 // Where row `row` of a block goes.
 inline float* output_row(const Problem& p, const Block& block, int64_t row) {
   const int64_t index = block.first + row, head = block.g * p.group() + index % p.group();
-  return p.output + block.b * p.output_strides.batch + index / p.group() * p.output_strides.token + head * p.output_strides.head;
+  const Strides& to = p.output_strides;
+  return p.output + block.b * to.batch + index / p.group() * to.token + head * to.head;
 }
 
 // to [width] = from · factor.
@@ -217,7 +220,10 @@ inline void merge_terms(const Termed& t, int64_t index) {
   float* states = t.states + number * t.blocks.chunks * floats;
   const TermState first(states, t);
   float top = -__builtin_inff(), sum = 0.0f;
-  for (int64_t c = 0; c < t.blocks.chunks; ++c) top = first.largest[c * floats + r] > top ? first.largest[c * floats + r] : top;
+  for (int64_t c = 0; c < t.blocks.chunks; ++c) {
+    const float largest = first.largest[c * floats + r];
+    top = largest > top ? largest : top;
+  }
   const auto base = finite_base(Lanes::set1(top));
   float* o = first.o + r * t.sums_stride();
   for (int64_t c = 0; c < t.blocks.chunks; ++c) {
@@ -247,7 +253,8 @@ inline bool attend_terms(const Problem& p, const Parallel& parallel) {
   t.q = t.states + states;
   for (int64_t i = 0; i < count; ++i)
     gather_terms(t, block_of(p, t.blocks, i), t.q + q, reinterpret_cast<uint16_t*>(t.q + i * t.q_floats()));
-  each(parallel, count * t.blocks.chunks, true, [&](size_t i) { noted(attend_terms_chunk(t, static_cast<int64_t>(i))); });
+  const int64_t tasks = count * t.blocks.chunks;
+  each(parallel, tasks, true, [&](size_t i) { noted(attend_terms_chunk(t, static_cast<int64_t>(i))); });
   if (failed) return false;
   each(parallel, count * t.blocks.rows, true, [&](size_t i) { merge_terms(t, static_cast<int64_t>(i)); });
   return true;

@@ -1,8 +1,8 @@
-// Few query rows over a cache: keys and values become terms in the first-level cache while the chunk before is multiplied.
-// A part of kernel_amx.cc.
+// Few query rows over a cache: keys and values become terms in the first-level cache while the chunk before is
+// multiplied. A part of kernel_amx.cc.
 #pragma once
 
-// A chunk of the keys of 8 tokens from column c on; what lies kAhead tokens further is asked for, into the second level.
+// A chunk of the keys of 8 tokens from column c on; what lies kAhead tokens further is asked for.
 inline void pack_eight_keys(const FloatRows& keys, int64_t c, int64_t first, int64_t n, uint16_t* to) {
   constexpr int64_t kAhead = 64;
   const __mmask16 low = lanes_below(keys.width - c), high = lanes_below(keys.width - c - kRows);
@@ -37,7 +37,8 @@ inline void stream_scores(const uint16_t* q, const FloatRows& keys, int64_t n, u
   store_scores(s, rest);
 }
 
-// 16 columns of o [16][stride], or of zeros where `fresh`, += weights in tiles 2, 3, 4 (and 5, 6, 7 with two steps) · values.
+// 16 columns of o [16][stride], or of zeros where `fresh`, += weights in tiles 2, 3, 4 (and 5, 6, 7 with two steps)
+// · values.
 template <int STEPS>
 inline void add_streamed_values(const uint16_t* values, bool fresh, float* o, int64_t stride) {
   const size_t bytes = static_cast<size_t>(stride) * sizeof(float);
@@ -55,13 +56,15 @@ inline void add_streamed_values(const uint16_t* values, bool fresh, float* o, in
   tile_store<0>(o, bytes);
 }
 
-// o [16][stride], or zeros where `fresh`, += weights · values of n <= 32 · STEPS tokens; weights: their terms; space as in stream_scores.
+// o [16][stride], or zeros where `fresh`, += weights · values of n <= 32 · STEPS tokens; weights: their terms; space as
+// in stream_scores.
 template <int STEPS>
 inline void stream_term_values(const uint16_t* weights, const FloatRows& values, int64_t n, bool fresh, uint16_t* space,
                                float* o, int64_t stride) {
   tile_load<2>(weights), tile_load<3>(weights + kTile), tile_load<4>(weights + 2 * kTile);
   if constexpr (STEPS == 2)
-    tile_load<5>(weights + kTermed), tile_load<6>(weights + kTermed + kTile), tile_load<7>(weights + kTermed + 2 * kTile);
+    tile_load<5>(weights + kTermed), tile_load<6>(weights + kTermed + kTile),
+        tile_load<7>(weights + kTermed + 2 * kTile);
   uint16_t *now = space, *before = space + 2 * kTermed;
   for (int64_t c = 0; c < values.width; c += kRows) {
     for (int64_t step = 0; step < STEPS; ++step) pack_value_tile(values, step * kPairs, n, c, now + step * kTermed);
