@@ -1,8 +1,8 @@
 // Numbers as sums of three of bfloat16, in the tiles that AMX multiplies. A part of kernel_amx.cc.
 //
 // Cutting a float's significand of 24 bits behind the 8th and 16th gives three terms that are exact. Of a product's
-// nine pairs of terms the six largest are taken: what is left out is below 2^-22 of the product. NaN and infinity give NaN,
-// subnormal terms (of numbers below 2^-110) count as 0.
+// nine pairs of terms the six largest are taken: what is left out is below 2^-22 of the product. NaN and infinity give
+// NaN, subnormal terms (of numbers below 2^-110) count as 0.
 #pragma once
 
 constexpr int kTerms = 3;
@@ -40,8 +40,8 @@ inline __mmask16 lanes_below(int64_t count) {
 }
 
 // Keys of n tokens as the left factor: [blocks of 16 tokens][width / 32][terms] tiles, a token a row. What lies in rows
-// of no token is left there: a row of a product depends on its own row only. Tile by tile: a token's rows of all tiles are
-// apart by a power of two and would fall into few sets of the first-level cache.
+// of no token is left there: a row of a product depends on its own row only. Tile by tile: a token's rows of all tiles
+// are apart by a power of two and would fall into few sets of the first-level cache.
 inline void pack_keys(const FloatRows& keys, int64_t n, uint16_t* to) {
   for (int64_t t = 0; t < n; t += kRows)
     for (int64_t c = 0; c < keys.width; c += kPairs, to += kTermed) {
