@@ -48,6 +48,8 @@ def search_scale(consumers: Sequence[Consumer], inputs: Statistics, method: Meth
     candidates = [ones, *_candidates(consumers, inputs.abs_mean)]
     losses = [sum(_diagonal_loss(consumer, scale) for consumer in consumers) for scale in candidates]
     best = candidates[min(range(len(candidates)), key=losses.__getitem__)]
+    if best is ones:
+        return ones
     # the grid was searched on diagonals and by rounding; the winner must hold on whole Hessians and for the method
     together = _together(consumers)
     exact = [sum(_loss(consumer, scale, method) for consumer in together) for scale in (ones, best)]

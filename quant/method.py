@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from vl2.errors import VL2Error
@@ -72,8 +73,10 @@ def _quantize_rows(
     candidates = {"rtn": rtn(weight, statistics, scheme)}
     if "search" in method.candidates:
         candidates["search"] = imatrix(weight, statistics, scheme)
-    for name, scaled in _GPTQ_SCALES.items() if factor is not None else ():
-        if name in method.candidates:
-            scales = candidates[scaled].scales
-            candidates[name] = Quantized(gptq_codes(weight, scales, scheme.bits, factor), scales, scheme.bits)
+    names = [name for name in _GPTQ_SCALES if name in method.candidates] if factor is not None else []
+    if names:
+        scales = [candidates[_GPTQ_SCALES[name]].scales for name in names]
+        # one loop for all, as rows do not meet: half of a column's time is spent outside of arithmetic
+        codes = gptq_codes(weight.repeat(len(names), 1), torch.cat(scales), scheme.bits, factor).split(len(weight))
+        candidates |= {name: Quantized(*made, scheme.bits) for name, *made in zip(names, codes, scales, strict=True)}
     return choose(weight, candidates, None if statistics is None else statistics.hessian)

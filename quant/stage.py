@@ -13,7 +13,6 @@ from vl2.quant.affine import SMALLEST_SCALE, Quantized
 from vl2.quant.fold import Stage, fold_norms, fold_unit, search_norm_scales
 from vl2.quant.linears import HEAD, WEIGHT, expert_of
 from vl2.quant.method import METHODS, Method, quantize_weight
-from vl2.quant.objective import relative_error
 from vl2.quant.parts import Part
 from vl2.quant.recipe import fell_back
 from vl2.quant.scheme import Scheme
@@ -166,14 +165,11 @@ def _quantize_together(
         raise VL2Error(f"`{next(iter(weights))}`: {error.message}", error.hint) from error
     rows = [len(weight) for weight in weights.values()]
     parts = zip(choice.quantized.codes.split(rows), choice.quantized.scales.split(rows), strict=True)
-    hessian = None if statistics is None else statistics.hessian
-    for (module, weight), (codes, scales) in zip(weights.items(), parts, strict=True):
-        quantized = Quantized(codes, scales, scheme.bits)
-        own = relative_error(weight, quantized.dequantize(), hessian) if len(weights) > 1 else choice.relative_error
-        result.quantized[module] = quantized
+    for module, (codes, scales), relative in zip(weights, parts, choice.relative_errors(rows), strict=True):
+        result.quantized[module] = Quantized(codes, scales, scheme.bits)
         result.reports.append(MatrixReport(
             module=module, scheme=scheme.name, group_size=scheme.group_size, method=choice.method,
-            relative_error=own, over_rtn=choice.over_rtn,
+            relative_error=relative, over_rtn=choice.over_rtn,
             tokens=0 if statistics is None else statistics.tokens,
             smallest_scales=int((scales.float() == SMALLEST_SCALE).sum()), fell_back=fell_back(scheme),
         ))  # fmt: skip
