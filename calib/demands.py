@@ -5,6 +5,7 @@ Estimates, rather too high: of the work only the proportions are used.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -47,6 +48,19 @@ def peak_bytes(config: LanguageConfig, tokens: int, longest: int) -> int:
     for l in range(config.num_hidden_layers):
         stages.append(_routed_bytes(config, tokens) if config.is_moe(l) else _dense_bytes(config))
     return PROCESS_BYTES + tokens * size * _FLOAT + max(stages)
+
+
+def disk_bytes(config: LanguageConfig, tokens: int) -> int:
+    """What a calibration set and `stream_layers` write at most: embeddings twice while they are joined, hidden states
+    twice while a layer is finished, and the statistics of one stage."""
+    size, sites = config.hidden_size, []
+    for l in range(config.num_hidden_layers):
+        if config.is_moe(l):
+            inner, shared = config.moe_intermediate_size, (config.n_shared_experts or 0) * config.moe_intermediate_size
+            sites.append(config.n_routed_experts * (size**2 + 2 * inner**2) + size**2 + shared**2)
+        else:
+            sites.append(size**2 + config.intermediate_size**2)
+    return (4 * tokens * size + max(sites)) * _FLOAT
 
 
 def _attention_bytes(config: LanguageConfig, longest: int) -> int:
@@ -114,12 +128,14 @@ def tile_work(config: VisionConfig) -> float:
 
 
 def matrix_rate() -> float:
-    """Operations a second of float32 matrix products on this machine, measured for a tenth of a second."""
-    a, count, start = torch.ones(768, 768), 0, time.monotonic()
-    while (elapsed := time.monotonic() - start) < 0.1 or count < 2:
+    """Operations a second of float32 matrix products on this machine: the fastest of those that a tenth of a second has
+    room for, as others run on it too."""
+    a, fastest, end = torch.ones(768, 768), math.inf, time.monotonic() + 0.1
+    while time.monotonic() < end or math.isinf(fastest):
+        start = time.monotonic()
         a @ a
-        count += 1
-    return count * 2 * 768**3 / elapsed
+        fastest = min(fastest, time.monotonic() - start)
+    return 2 * 768**3 / fastest
 
 
 def _gigabytes(count: int) -> str:

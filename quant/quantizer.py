@@ -7,8 +7,9 @@ the folder was begun with, and `stream/`, which is calibration's to work in.
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from vl2.errors import VL2Error
 from vl2.json_file import from_json, read_json, to_json
 from vl2.quant.checkpoint import TensorReader, packed_tensors
 from vl2.quant.fold import Stage
-from vl2.quant.linears import WEIGHT
+from vl2.quant.linears import WEIGHT, matrices
 from vl2.quant.method import METHODS, method_named
 from vl2.quant.parts import Part, split_parts
 from vl2.quant.publish import check_place, publish, put_in_place
@@ -60,8 +61,8 @@ def quantize_checkpoint(
 ) -> Path:
     """Quantizes a checkpoint folder without calibration; returns `out`, a compressed-tensors checkpoint.
 
-    progress(module, done, total) is called after each matrix. Raises VL2Error on an existing `out` (unless forced), a
-    partial one begun otherwise, a method that needs calibration, and as the recipe and the checkpoint do.
+    progress(module, done, total) is called after each matrix, in weights. Raises VL2Error on an existing `out` (unless
+    forced), a partial one begun otherwise, a method that needs calibration, and as the recipe and the checkpoint do.
     """
     options = options or QuantizeOptions()
     if method_named(options.method).needs_statistics:
@@ -87,7 +88,7 @@ class Quantizer:
         self._work = self.out.with_name(self.out.name + ".partial")
         self.stream_dir = self._work / "stream"
         self._progress = progress
-        self._done = 0
+        self._done, self._counted = 0, self._weights_of(self.parts)
         self._begin()
 
     def quantize_layer(self, layer: int, stage: str, statistics: Path) -> Mapping[str, Tensor]:
@@ -106,7 +107,7 @@ class Quantizer:
         if part not in self.parts:
             raise VL2Error(f"the checkpoint has no {part}", f"its parts are {', '.join(map(str, self.parts))}")
         if self._report_file(part).exists():
-            self._count_done(part)
+            self._done += sum(self._weights_of([part]).values())  # without a report: a rate would take it for fast work
             return
         result = self._result(part, statistics)
         write_shard(self._shard(part), self._tensors(part, result))
@@ -119,8 +120,11 @@ class Quantizer:
 
         head_statistics: calibration's file with the site `lm_head.input`, if there is one; coverage: its account of the
         tokens by expert, for quantization.json; tower: the calibration set, which says how large the inputs of the
-        tower's Linears are. Raises VL2Error naming the first layer that was not quantized.
+        tower's Linears are. Progress is of these parts alone. Raises VL2Error naming the first layer that was not
+        quantized.
         """
+        left = [part for part in self.parts if part.layer is None and not self._report_file(part).exists()]
+        self._done, self._counted = 0, self._weights_of(left)
         measured: dict[str, LayerStatistics | TowerStatistics] = {}
         if head_statistics is not None:
             measured["head"] = LayerStatistics(head_statistics)
@@ -185,15 +189,17 @@ class Quantizer:
                 "remove it to begin anew, or repeat the command it was begun with",
             )
 
-    def _count(self, module: str) -> None:
-        if self.schemes[module] is not None:
-            self._done += 1
-            if self._progress is not None:
-                self._progress(module, self._done, sum(scheme is not None for scheme in self.schemes.values()))
+    def _weights_of(self, parts: Iterable[Part]) -> dict[str, int]:
+        """The matrices of some parts that are quantized, and the weights of each."""
+        shapes = matrices(self.source.config)
+        modules = (name.removesuffix(WEIGHT) for part in parts for name in self.parts[part])
+        return {module: math.prod(shapes[module]) for module in modules if self.schemes.get(module) is not None}
 
-    def _count_done(self, part: Part) -> None:
-        for report in self._read_reports(part):
-            self._count(report.module)
+    def _count(self, module: str) -> None:
+        if module in self._counted:
+            self._done += self._counted[module]
+            if self._progress is not None:
+                self._progress(module, self._done, sum(self._counted.values()))
 
     def _read_reports(self, part: Part) -> list[MatrixReport]:
         path = self._report_file(part)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vl2.calib.progress import Report
     from vl2.calib.stream import StreamOptions
     from vl2.cli.plans import Extent
-    from vl2.quant.quantizer import Progress, QuantizeOptions
+    from vl2.quant.quantizer import QuantizeOptions
 
 SET_MARK = "calibration.json"  # what tells a calibration set from a folder of images
 
@@ -73,9 +73,10 @@ def cover(checkpoint: Path, calibration: Path, work: Path, options: StreamOption
     shutil.rmtree(work)
 
 
-def quantize_calibrated(job: CalibratedJob, progress: Progress | None = None) -> Path:
+def quantize_calibrated(job: CalibratedJob, tell: Callable[[str, float], None] | None = None) -> Path:
     """Layer by layer: statistics out, quantized weights in, their outputs onward; returns the quantized checkpoint.
 
+    tell(module, share) is called for what comes after the layers, of which `job.stream` reports.
     Works in `OUT.partial`; after an interruption the same call goes on at the layer that was not finished and gives the
     same bytes. Raises VL2Error as `stream_layers` and `Quantizer` do.
     """
@@ -85,8 +86,15 @@ def quantize_calibrated(job: CalibratedJob, progress: Progress | None = None) ->
     from vl2.quant.quantizer import Quantizer
 
     facts = calibration_facts(read_calibration_set(job.calibration), job.stream)
+    in_layers = True
+
+    def progress(module: str, done: int, total: int) -> None:
+        if tell is not None and not in_layers:
+            tell(module, done / total)
+
     quantizer = Quantizer(job.checkpoint, job.out, replace(job.quantize, calibration=facts), progress)
     made = stream_layers(job.checkpoint, job.calibration, quantizer.stream_dir, quantizer.quantize_layer, job.stream)
+    in_layers = False
     counted = next(quantizer.stream_dir.glob("counts_*.json"), None) is not None
     coverage = coverage_facts(read_coverage(quantizer.stream_dir)) if counted else None
     return quantizer.finish(made.head_statistics, coverage, job.calibration)
@@ -141,9 +149,10 @@ def check_job(checkpoint: Path, options: QuantizeOptions, extent: Extent, max_ra
 
 
 def quantize_as_asked(
-    checkpoint: Path, calibration: Path | None, out: Path, how: tuple[QuantizeOptions, int | None]
+    checkpoint: Path, calibration: Path | None, out: Path, how: tuple[QuantizeOptions, int | None], later: float = 0.0
 ) -> Path:
-    """With the calibration set, or without one; how: the options and the limit of memory. Reports on stderr.
+    """With the calibration set, or without one; how: the options and the limit of memory. Reports on stderr; later: as
+    `WorkProgress` takes it.
 
     Raises VL2Error while another process quantizes to the same place.
     """
@@ -152,12 +161,12 @@ def quantize_as_asked(
     from vl2.quant.quantizer import quantize_checkpoint
 
     options, max_ram = how
-    with work_folder(out.with_name(f"{out.name}.partial"), "quantization"), WorkProgress() as progress:
+    with work_folder(out.with_name(f"{out.name}.partial"), "quantization"), WorkProgress(later) as progress:
         if calibration is None:
             return quantize_checkpoint(checkpoint, out, options,
                                        lambda module, done, total: progress.tell(module, done / total))
         stream = StreamOptions(max_ram_bytes=max_ram, report=progress)
-        return quantize_calibrated(CalibratedJob(checkpoint, calibration, out, options, stream))
+        return quantize_calibrated(CalibratedJob(checkpoint, calibration, out, options, stream), progress.tell)
 
 
 @contextmanager

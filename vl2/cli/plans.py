@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vl2.cli.progress import format_time
 from vl2.errors import VL2Error
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 # Of the rate of large matrix products that the whole work reaches: gathered rows, small matrices, files.
 _EFFICIENCY = 0.4
 _READ_BYTES_PER_SECOND = 200e6
+_EXPORT_SECONDS, _EXPORT_BYTES_PER_SECOND = 60.0, 20e6  # tracing; reading, writing, hashing and the parity run
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Extent:
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """Sizes in bytes; modules: of the quantized checkpoint. Memory and time are estimates."""
+    """Sizes in bytes; modules: of the quantized checkpoint; disk_bytes: while it works, beside the checkpoint; steps:
+    seconds of "images", "quantizing" and "exporting", which includes verification. Memory and time are estimates."""
 
     checkpoint: str
     recipe: str
@@ -39,11 +42,22 @@ class QuantizationPlan:
     modules: dict[str, int]
     total_bytes: int
     peak_memory_bytes: int
-    seconds: float
+    disk_bytes: int
+    steps: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps."""
+        return sum(self.steps.values())
+
+    def later(self, step: str) -> float:
+        """The time of the steps after this one, in times of this one; 0 where it takes none."""
+        following = list(self.steps.values())[list(self.steps).index(step) + 1:]
+        return sum(following) / self.steps[step] if self.steps[step] else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON has it."""
-        return asdict(self)
+        return asdict(self) | {"seconds": self.seconds}
 
     def describe(self) -> str:
         """The plan as text for a person."""
@@ -51,8 +65,12 @@ class QuantizationPlan:
         head = f"{self.checkpoint}: {self.recipe} by {self.method}, {told} → {_size(self.total_bytes)}"
         lines = [head, "", "modules"]
         lines += [f"  {name:20} {_size(size):>10}" for name, size in self.modules.items()]
-        lines += ["", f"peak memory about {_size(self.peak_memory_bytes)}", f"time roughly {_time(self.seconds)}"]
-        return "\n".join(lines)
+        return "\n".join([*lines, "", self.needs()])
+
+    def needs(self) -> str:
+        """Memory, disk and time as text."""
+        return (f"peak memory about {_size(self.peak_memory_bytes)}\n"
+                f"disk about {_size(self.disk_bytes)} while it works\ntime roughly {format_time(self.seconds)}")
 
 
 def extent_of_set(found: CalibrationSet) -> Extent:
@@ -89,13 +107,17 @@ def plan_quantization(
     modules = planned_sizes(config, schemes, kept_bytes or in_source)
     if kept_bytes is not None:
         modules.pop("vision_pooling_head", None)  # which no graph reads
-    work = quant.layer_work(config, schemes, method) + extent.tiles * calib.tile_work(config.vision_config)
+    work, rate = quant.layer_work(config, schemes, method), _EFFICIENCY * calib.matrix_rate()
     for l in range(config.language_config.num_hidden_layers if extent.tokens else 0):
         work += sum(calib.layer_work(config.language_config, l, extent.tokens).values())
-    seconds = work / (_EFFICIENCY * calib.matrix_rate()) + 3 * size_bytes / _READ_BYTES_PER_SECOND
-    peak = peak_memory_bytes(config, options, extent)
-    return QuantizationPlan(str(checkpoint), recipe.name, options.method, extent.tokens, modules,
-                            sum(modules.values()), peak, seconds)
+    made_bytes = sum(modules.values())
+    steps = {"images": extent.tiles * calib.tile_work(config.vision_config) / rate,
+             "quantizing": work / rate + 3 * size_bytes / _READ_BYTES_PER_SECOND,
+             "exporting": 0.0 if kept_bytes is None else _EXPORT_SECONDS + made_bytes / _EXPORT_BYTES_PER_SECOND}
+    streamed = calib.disk_bytes(config.language_config, extent.tokens) if extent.tokens else 0
+    disk = made_bytes + (streamed if kept_bytes is None else max(streamed, made_bytes))
+    return QuantizationPlan(str(checkpoint), recipe.name, options.method, extent.tokens, modules, made_bytes,
+                            peak_memory_bytes(config, options, extent), disk, steps)
 
 
 def peak_memory_bytes(config: ModelConfig, options: QuantizeOptions, extent: Extent) -> int:
@@ -124,7 +146,3 @@ def check_memory(config: ModelConfig, options: QuantizeOptions, extent: Extent, 
 
 def _size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"

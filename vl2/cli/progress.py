@@ -9,10 +9,13 @@ from tqdm import tqdm
 
 # Less is done before a bar could be read.
 _WORTH_SHOWING_BYTES = 100_000_000
+# What the parity run does next; minutes each for a full-size model, and no bytes to count.
+_VERIFYING = ("the vision tower in both", "the decoder's graph", "the decoder in PyTorch")
 
 
 class ByteProgress:
-    """Callable `(stage, done_bytes, total_bytes)`: a bar a stage, none for small ones or without a terminal."""
+    """Callable `(stage, done_bytes, total_bytes)`: a bar a stage, none for small ones or without a terminal; of the
+    stage "verify", which counts its parts, a line a part."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
@@ -31,16 +34,20 @@ class ByteProgress:
             self._stage = stage
             shown = total_bytes >= _WORTH_SHOWING_BYTES and sys.stderr.isatty()
             self._bar = tqdm(total=total_bytes, desc=stage, unit="B", unit_scale=True, disable=not shown)
+        if stage == "verify" and done_bytes < len(_VERIFYING):
+            click.echo(f"verifying, {done_bytes + 1} of {total_bytes}: {_VERIFYING[done_bytes]}", err=True)
         self._bar.update(done_bytes - self._bar.n)
 
 
 class WorkProgress:
     """Callable with calibration's `Progress`: how far the work is and how long it will take.
 
-    On a terminal one line that is rewritten; elsewhere a line every half minute.
+    On a terminal one line that is rewritten; elsewhere a line every half minute. later: how long the steps that follow
+    this one take, in durations of this one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, later: float = 0.0) -> None:
+        self._later, self._first = later, (1.0, 0.0)
         self._told = time.monotonic()
         self._on_terminal = sys.stderr.isatty()
         self._width = 0
@@ -56,18 +63,29 @@ class WorkProgress:
         self.tell(progress.stage, progress.done / max(progress.total, 1e-9), progress.remaining_seconds)
 
     def tell(self, stage: str, share: float, remaining_seconds: float | None = None) -> None:
-        """share: of the whole work, 0 to 1."""
+        """share: of the whole work, 0 to 1; remaining_seconds: None for the rate of the shares told so far."""
         now = time.monotonic()
+        if share < self._first[0]:
+            self._first = share, now
+        elif remaining_seconds is None and share > self._first[0]:
+            remaining_seconds = (now - self._first[1]) / (share - self._first[0]) * (1 - share)
         if now - self._told < (0.2 if self._on_terminal else 30):
             return
         self._told = now
-        line = f"{stage}, {share:.0%}" + ("" if remaining_seconds is None else f", {_time(remaining_seconds)} left")
+        line = f"{stage}, {share:.0%}" + ("" if remaining_seconds is None else self._left(share, remaining_seconds))
         if self._on_terminal:
             click.echo(f"\r{line.ljust(self._width)}", err=True, nl=False)
             self._width = len(line)
         else:
             click.echo(line, err=True)
 
+    def _left(self, share: float, seconds: float) -> str:
+        told = f", {format_time(seconds)} left"
+        if not self._later or share >= 1:
+            return told
+        return f"{told}, {format_time(seconds + self._later * seconds / (1 - share))} with the steps that follow"
 
-def _time(seconds: float) -> str:
+
+def format_time(seconds: float) -> str:
+    """Minutes from two on, else seconds."""
     return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"

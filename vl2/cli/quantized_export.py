@@ -116,16 +116,29 @@ def export_quantized(job: QuantizedExport, out: Path, export_options: Any) -> Ma
         from vl2.cli.budgeted import plan_budget
 
         plan_budget(_budget_job(job, data, job.calib, export_options))  # refused before the tower has run for an hour
+    plan = plan_quantization(job.source, job.options, extent, kept_bytes=2)
     work = out.with_name(f"{out.name}.work")
-    if job.keep is not None and not work.exists():
-        _check_keep(job.keep.absolute())
+    if not work.exists():
+        if job.keep is not None:
+            _check_keep(job.keep.absolute())
+        _check_space(out, plan.disk_bytes)
+    if job.budget is None:
+        click.echo(plan.needs(), err=True)
     with explained_disk_errors(work):
         work.mkdir(exist_ok=True)
     with locked_folder(work, "quantized export"):
         _begin(work, job.identity() | _bundle_identity(job, export_options))
-        manifest = _make(job, data, (work, out), export_options)
+        manifest = _make(job, data, (work, out), (export_options, plan))
         shutil.rmtree(work)
     return manifest
+
+
+def _check_space(out: Path, needed_bytes: int) -> None:
+    """Raises VL2Error where the disk would be full before the bundle is whole."""
+    free = shutil.disk_usage(out.parent).free
+    if free < needed_bytes:
+        raise VL2Error(f"{out.parent} has {free / 1e9:.2f} GB free, and making {out.name} takes about "
+                       f"{needed_bytes / 1e9:.2f} GB", "free space, or give an --out on another disk")
 
 
 def _bundle_identity(job: QuantizedExport, export_options: Any) -> dict[str, Any]:
@@ -142,22 +155,24 @@ def _check_keep(keep: Path) -> None:
         raise VL2Error(f"there is no folder {keep.parent} to write {keep.name} into", f"mkdir -p {keep.parent}")
 
 
-def _make(job: QuantizedExport, data: CalibrationData | None, places: tuple[Path, Path], export_options: Any
-          ) -> Manifest:
-    """places: the work folder and the bundle's."""
+def _make(job: QuantizedExport, data: CalibrationData | None, places: tuple[Path, Path],
+          how: tuple[Any, QuantizationPlan]) -> Manifest:
+    """places: the work folder and the bundle's; how: the export's options and the plan."""
     from vl2.cli.budgeted import is_unmeasured, quantize_within
     from vl2.cli.progress import ByteProgress
     from vl2.export import export_checkpoint
 
-    work, out = places
+    (work, out), (export_options, plan) = places, how
+    later = {step: 0.0 if job.budget is not None else plan.later(step) for step in plan.steps}
     scheme = "budget" if job.budget is not None else Path(job.options.recipe).stem
     quantized = job.keep or work / f"{job.source.resolve().name}-{scheme}"
     with explained_disk_errors(work):
         if not quantized.exists() or is_unmeasured(quantized):
-            calibration = _calibrate(job, data, work / "calibration")
+            calibration = _calibrate(job, data, work / "calibration", later["images"])
             click.echo("quantizing", err=True)
             if job.budget is None:
-                quantize_as_asked(job.source, calibration, quantized, (job.options, job.max_ram_bytes))
+                quantize_as_asked(job.source, calibration, quantized, (job.options, job.max_ram_bytes),
+                                  later["quantizing"])
             else:
                 within = _budget_job(job, data, calibration, export_options)
                 quantize_within(within, quantized, work / "budget", job.max_ram_bytes)
@@ -203,13 +218,13 @@ def _extent(job: QuantizedExport) -> tuple[Extent, CalibrationData | None]:
     return extent_of_data(data), data
 
 
-def _calibrate(job: QuantizedExport, data: CalibrationData | None, out: Path) -> Path | None:
+def _calibrate(job: QuantizedExport, data: CalibrationData | None, out: Path, later: float) -> Path | None:
     from vl2.cli.progress import WorkProgress
 
     if data is None:
         return job.calib
     click.echo("calibrating: images through the vision tower", err=True)
-    with WorkProgress() as progress:
+    with WorkProgress(later) as progress:
         make_calibration_set(job.source, data, out, progress)
     return out
 
