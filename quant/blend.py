@@ -35,10 +35,9 @@ def shrink_to_diagonal(statistics: Statistics, strength: float = 1.0) -> Statist
     size = len(statistics.abs_mean)
     if statistics.tokens == 0 or not bool(statistics.importance.any()):
         return Statistics(torch.eye(size), torch.ones(size), statistics.tokens)
-    share = statistics.tokens / (statistics.tokens + strength * size)
-    return replace(
-        statistics, hessian=_mix(statistics.hessian, torch.diag(statistics.importance), share)
-    )
+    hessian = statistics.hessian * (statistics.tokens / (statistics.tokens + strength * size))
+    hessian.diagonal().copy_(statistics.importance)
+    return replace(statistics, hessian=hessian)
 
 
 def _mix(own: Tensor, other: Tensor, share: float) -> Tensor:

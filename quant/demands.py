@@ -15,9 +15,9 @@ from vl2.quant.scheme import Scheme
 from vl2.quant.sites import Site, Unit, layer_units
 
 _FLOAT = 4
-_HESSIANS = {False: 3, True: 8}  # raw, blended and scaled; GPTQ: ordered, damped, inverted and two factors
+_HESSIANS = {False: 3, True: 6}  # raw, blended and scaled; GPTQ: two of damped, factor, inverse and its factor, and one
 _SAMPLED_HESSIANS = 20  # of experts while AWQ searches a layer's common scale
-_CHUNK_COPIES = 8  # of a weight's rows while candidates are compared, float32
+_CHUNK_COPIES = 10  # of a weight's rows while candidates are compared, float32
 _FOLD_COPIES = 4  # of a weight while a fold is applied in float64
 _SEARCH_STEPS, _FOLD_STEPS = 21, 82  # passes over a weight: clippings; AWQ's 41 candidates, each rounded and compared
 _FOLD_ROWS = 0.25  # of a weight's rows that AWQ looks at

@@ -51,21 +51,40 @@ def factorize(hessian: Tensor, damping: float = DAMPING) -> Factor | None:
 
     None where even that fails: the caller then has to do with the diagonal.
     """
-    diagonal = hessian.diagonal()
-    dead = diagonal <= 0
-    order = diagonal.argsort(descending=True, stable=True)
-    alive_mean = diagonal[~dead].mean() if bool((~dead).any()) else diagonal.new_ones(())
-    ordered = hessian[order][:, order] / alive_mean
-    ordered.diagonal()[dead[order]] = 1.0
+    order = hessian.diagonal().argsort(descending=True, stable=True)
     while damping <= 1:
-        damped = ordered + damping * torch.eye(len(ordered), dtype=ordered.dtype)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(upper.isfinite().all()):
-                return Factor(order, upper)
+        upper = _factor_of_inverse(hessian, order, damping)
+        if upper is not None:
+            return Factor(order, upper)
         damping *= 4
     return None
+
+
+def _factor_of_inverse(hessian: Tensor, order: Tensor, damping: float) -> Tensor | None:
+    """U with M⁻¹ = Uᵀ U for the ordered and damped Hessian M; None where there is none.
+
+    One of the dense layer takes 0.2 GB (Tiny): none is kept longer than it is needed.
+    """
+    damped = _damped(hessian, order, damping)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    del damped
+    if failed:
+        return None
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    return None if failed or not bool(upper.isfinite().all()) else upper
+
+
+def _damped(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
+    """H [K, K] ordered, over its mean diagonal, with `damping` on the diagonal; 1 + damping for dead columns."""
+    diagonal = hessian.diagonal()
+    dead = diagonal <= 0
+    alive_mean = diagonal[~dead].mean() if bool((~dead).any()) else diagonal.new_ones(())
+    damped = hessian[order][:, order].div_(alive_mean)
+    damped.diagonal()[dead[order]] = 1.0
+    damped.diagonal().add_(damping)
+    return damped
 
 
 def gptq_codes(weight: Tensor, scales: Tensor, bits: int, factor: Factor, block: int = 128) -> Tensor:
