@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vl2.cli.sensitivity import BudgetJob, measure_checkpoint, measure_groups
+from vl2.cli.progress import format_time
+from vl2.cli.sensitivity import BudgetJob, measure_checkpoint, measure_groups, measurement_work
 from vl2.errors import VL2Error
 from vl2.json_file import read_json, to_json
 
@@ -25,12 +26,14 @@ _FOUND_NAME, _JOB_NAME = "sensitivity.json", "job.json"
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """The sizes that recipes reach, in bytes; groups: bytes by group and option."""
+    """The sizes that recipes reach, in bytes; groups: bytes by group and option; measuring_seconds: estimated, before
+    anything is quantized."""
 
     budget_bytes: int
     smallest_bytes: int
     largest_bytes: int
     groups: dict[str, dict[str, int]]
+    measuring_seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON has it."""
@@ -40,7 +43,8 @@ class BudgetPlan:
         """The plan as text for a person."""
         return (f"{len(self.groups)} groups, together {format_size(self.smallest_bytes)} to "
                 f"{format_size(self.largest_bytes)}; the budget is {format_size(self.budget_bytes)}\n"
-                "the recipe is chosen by measuring on the calibration data")
+                "the recipe is chosen by measuring on the calibration data, which takes roughly "
+                f"{format_time(self.measuring_seconds)} beside calibration and quantization")
 
 
 def choose_recipe(job: BudgetJob, work: Path) -> tuple[Path, dict[str, Any]]:
@@ -150,13 +154,16 @@ def _is_made(out: Path, facts: Mapping[str, Any]) -> bool:
     return {**found, **json.loads(json.dumps(facts))} == found
 
 
-def plan_budget(job: BudgetJob) -> BudgetPlan:
-    """For --dry-run. Raises VL2Error as `choose_recipe` does; measures nothing."""
+def plan_budget(job: BudgetJob, tokens: int) -> BudgetPlan:
+    """For --dry-run; tokens: of the calibration set. Raises VL2Error as `choose_recipe` does; measures nothing."""
+    from vl2.cli.plans import product_rate
+
     groups = _groups_of(job)
     sizes = option_sizes(job, groups)
     _check_budget(job, _items(groups, sizes, {}), fixed := sizes.pop("fixed"))
     smallest, largest = (fixed + sum(pick(options.values()) for options in sizes.values()) for pick in (min, max))
-    return BudgetPlan(job.budget_bytes, smallest, largest, sizes)
+    seconds = measurement_work(job, groups, tokens) / product_rate()
+    return BudgetPlan(job.budget_bytes, smallest, largest, sizes, seconds)
 
 
 def is_unmeasured(out: Path) -> bool:

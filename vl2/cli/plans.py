@@ -73,6 +73,13 @@ class QuantizationPlan:
                 f"disk about {_size(self.disk_bytes)} while it works\ntime roughly {format_time(self.seconds)}")
 
 
+def product_rate() -> float:
+    """Floating-point operations a second that the long steps reach on this machine, roughly."""
+    from vl2.calib.demands import matrix_rate
+
+    return _EFFICIENCY * matrix_rate()
+
+
 def extent_of_set(found: CalibrationSet) -> Extent:
     return Extent(found.tokens, max(sequence.tokens for sequence in found.sequences))
 
@@ -107,7 +114,7 @@ def plan_quantization(
     modules = planned_sizes(config, schemes, kept_bytes or in_source)
     if kept_bytes is not None:
         modules.pop("vision_pooling_head", None)  # which no graph reads
-    work, rate = quant.layer_work(config, schemes, method), _EFFICIENCY * calib.matrix_rate()
+    work, rate = quant.layer_work(config, schemes, method), product_rate()
     for l in range(config.language_config.num_hidden_layers if extent.tokens else 0):
         work += sum(calib.layer_work(config.language_config, l, extent.tokens).values())
     made_bytes = sum(modules.values())

@@ -60,7 +60,7 @@ def command(checkpoint: str, scheme: str | None, calib: Path | None, out: Path |
     check_job(folder, options, extent, max_ram)
     job = None if budget is None else _budget_job((folder, calib), budget, options, outer)
     if dry_run:
-        plan = plan_quantization(folder, options, extent) if job is None else _plan_budget(job)
+        plan = plan_quantization(folder, options, extent) if job is None else _plan_budget(job, extent.tokens)
         click.echo(json.dumps(plan.to_dict(), indent=2) if as_json else plan.describe())
         return
     if out.exists() and not force and not _goes_on(job, out):
@@ -107,10 +107,10 @@ def _goes_on(job: Any, out: Path) -> bool:
     return job is not None and is_unmeasured(out) and is_begun(job, out.with_name(f"{out.name}.budget"))
 
 
-def _plan_budget(job: Any) -> Any:
+def _plan_budget(job: Any, tokens: int) -> Any:
     from vl2.cli.budgeted import plan_budget
 
-    return plan_budget(job)
+    return plan_budget(job, tokens)
 
 
 def _quantize(places: tuple[Path, Path | None, Path], how: tuple[Any, int | None], job: Any) -> None:

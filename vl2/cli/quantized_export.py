@@ -96,7 +96,7 @@ def plan_quantized(job: QuantizedExport, export_options: Any) -> QuantizationPla
     if job.budget is not None:
         from vl2.cli.budgeted import plan_budget
 
-        return plan_budget(_budget_job(job, data, job.calib, export_options))
+        return plan_budget(_budget_job(job, data, job.calib, export_options), extent.tokens)
     return plan_quantization(job.source, job.options, extent, kept_bytes=2)
 
 
@@ -115,7 +115,8 @@ def export_quantized(job: QuantizedExport, out: Path, export_options: Any) -> Ma
     if job.budget is not None:
         from vl2.cli.budgeted import plan_budget
 
-        plan_budget(_budget_job(job, data, job.calib, export_options))  # refused before the tower has run for an hour
+        # refused before the tower has run for an hour
+        plan_budget(_budget_job(job, data, job.calib, export_options), extent.tokens)
     plan = plan_quantization(job.source, job.options, extent, kept_bytes=2)
     work = out.with_name(f"{out.name}.work")
     if not work.exists():

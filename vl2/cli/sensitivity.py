@@ -58,9 +58,25 @@ class Plan:
     excerpt: Excerpt
 
 
-def plan_measurement(job: BudgetJob, groups: list[Group]) -> Plan:
-    """How much is measured: all options by the asked method, or the smallest ones by rounding."""
-    from vl2.calib.variants import read_excerpt, token_work
+@dataclass(frozen=True)
+class Measured:
+    """How much is measured. probes, method: as of `Plan`; tokens: at most, of the calibration set's first sequences;
+    quantizing: operations of doing that to all layers."""
+
+    probes: Mapping[str, tuple[str, ...]]
+    method: str
+    tokens: int
+    quantizing: float
+
+    @property
+    def versions(self) -> int:
+        """Of the model, the original among them."""
+        return 1 + sum(map(len, self.probes.values()))
+
+
+def measured(job: BudgetJob, groups: list[Group]) -> Measured:
+    """All options by the asked method, or the smallest ones by rounding."""
+    from vl2.calib.variants import token_work
     from vl2.quant.demands import layer_work
     from vl2.quant.groups import decided_recipe
     from vl2.quant.method import method_named
@@ -70,15 +86,38 @@ def plan_measurement(job: BudgetJob, groups: list[Group]) -> Plan:
     config = Source(job.checkpoint).config
     smallest = assign_schemes(decided_recipe("", groups, {g.name: g.options[-1] for g in groups}, config), config)
     asked = method_named(job.options.method)
-    affordable = 3 * layer_work(config, smallest, asked) < _METHOD_WORK
+    quantizing = 3 * layer_work(config, smallest, asked)
+    affordable = quantizing < _METHOD_WORK
     probes = {group.name: tuple(option for option in group.options if option != "keep") for group in groups}
     if not affordable:
         probes = {name: options[-1:] for name, options in probes.items()}
+        quantizing = 3 * layer_work(config, smallest, method_named("rtn"))
     versions = 1 + sum(map(len, probes.values()))
     most = min(_FORWARD_WORK / (versions / 2 * token_work(config.language_config)),
                _STATE_BYTES / (versions * config.language_config.hidden_size * 4), _MOST_TOKENS)
-    excerpt = read_excerpt(job.checkpoint, job.calibration, int(max(most, _FEWEST_TOKENS)))
-    return Plan(groups, probes, job.options.method if affordable else "rtn", excerpt)
+    method = job.options.method if affordable else "rtn"
+    return Measured(probes, method, int(max(most, _FEWEST_TOKENS)), quantizing)
+
+
+def measurement_work(job: BudgetJob, groups: list[Group], tokens: int) -> float:
+    """Floating-point operations of `measure_groups` with a calibration set of so many tokens: versions through the
+    layers, each option once through its stage, and logits, as if a third of the tokens were text."""
+    from vl2.calib.variants import token_work
+    from vl2.quant.source import Source
+
+    language, found = Source(job.checkpoint).config.language_config, measured(job, groups)
+    options = sum(len(group.options) - 1 for group in groups if group.part.layer is not None)
+    through = found.versions / 2 + options / (2 * language.num_hidden_layers)
+    logits = found.versions / 3 * 2.0 * language.vocab_size * language.hidden_size
+    return min(found.tokens, tokens) * (through * token_work(language) + logits) + found.quantizing
+
+
+def plan_measurement(job: BudgetJob, groups: list[Group]) -> Plan:
+    """As `measured`, with the tokens."""
+    from vl2.calib.variants import read_excerpt
+
+    found = measured(job, groups)
+    return Plan(groups, found.probes, found.method, read_excerpt(job.checkpoint, job.calibration, found.tokens))
 
 
 def measure_groups(job: BudgetJob, work: Path, groups: list[Group]) -> dict[str, Any]:
