@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import GOLDENS
+from vl2.calib.progress import Progress
 from vl2.cli import cli, progress, run_command
 from vl2.cli.plans import Extent, plan_quantization
 from vl2.cli.progress import ByteProgress, WorkProgress
@@ -46,6 +47,18 @@ def test_work_without_an_estimate_is_estimated_from_what_was_told(clock, capsys:
     clock(31)
     told.tell("outer parts", 0.2)
     assert lines(capsys) == ["outer parts, 20%, 4 min left"], "a new scale begins where the share falls"
+
+
+def test_a_part_of_what_was_told_last_keeps_its_share_and_time(clock, capsys: pytest.CaptureFixture[str]) -> None:
+    told = WorkProgress()
+    told(Progress("layer 1: expert statistics", 6.0, 10.0, 240.0))
+    clock(31)
+    told.tell("quantizing experts.3", None)
+    clock(31)
+    told.tell("head", 0.2)
+    clock(31)
+    told.tell("head", 0.6)
+    assert lines(capsys) == ["quantizing experts.3, 60%, 4 min left", "head, 20%", "head, 60%, 31 s left"]
 
 
 def test_the_time_of_later_steps_is_told_in_proportion_to_the_rate_of_this_one(

@@ -73,10 +73,11 @@ def cover(checkpoint: Path, calibration: Path, work: Path, options: StreamOption
     shutil.rmtree(work)
 
 
-def quantize_calibrated(job: CalibratedJob, tell: Callable[[str, float], None] | None = None) -> Path:
+def quantize_calibrated(job: CalibratedJob, tell: Callable[[str, float | None], None] | None = None) -> Path:
     """Layer by layer: statistics out, quantized weights in, their outputs onward; returns the quantized checkpoint.
 
-    tell(module, share) is called for what comes after the layers, of which `job.stream` reports.
+    tell(module, share) is called after each matrix; share: of what comes after the layers, None within these, of which
+    `job.stream` reports.
     Works in `OUT.partial`; after an interruption the same call goes on at the layer that was not finished and gives the
     same bytes. Raises VL2Error as `stream_layers` and `Quantizer` do.
     """
@@ -89,8 +90,8 @@ def quantize_calibrated(job: CalibratedJob, tell: Callable[[str, float], None] |
     in_layers = True
 
     def progress(module: str, done: int, total: int) -> None:
-        if tell is not None and not in_layers:
-            tell(module, done / total)
+        if tell is not None:
+            tell(f"quantizing {module}", None if in_layers else done / total)
 
     quantizer = Quantizer(job.checkpoint, job.out, replace(job.quantize, calibration=facts), progress)
     made = stream_layers(job.checkpoint, job.calibration, quantizer.stream_dir, quantizer.quantize_layer, job.stream)

@@ -48,6 +48,7 @@ class WorkProgress:
 
     def __init__(self, later: float = 0.0) -> None:
         self._later, self._first = later, (1.0, 0.0)
+        self._last: tuple[float, float | None] = (0.0, None)
         self._told = time.monotonic()
         self._on_terminal = sys.stderr.isatty()
         self._width = 0
@@ -62,13 +63,17 @@ class WorkProgress:
     def __call__(self, progress: Any) -> None:
         self.tell(progress.stage, progress.done / max(progress.total, 1e-9), progress.remaining_seconds)
 
-    def tell(self, stage: str, share: float, remaining_seconds: float | None = None) -> None:
-        """share: of the whole work, 0 to 1; remaining_seconds: None for the rate of the shares told so far."""
+    def tell(self, stage: str, share: float | None, remaining_seconds: float | None = None) -> None:
+        """share: of the whole work, 0 to 1, None for a part of what was told last; remaining_seconds: None for the rate
+        of the shares told so far."""
         now = time.monotonic()
-        if share < self._first[0]:
+        if share is None:
+            share, remaining_seconds = self._last
+        elif share < self._first[0]:
             self._first = share, now
         elif remaining_seconds is None and share > self._first[0]:
             remaining_seconds = (now - self._first[1]) / (share - self._first[0]) * (1 - share)
+        self._last = share, remaining_seconds
         if now - self._told < (0.2 if self._on_terminal else 30):
             return
         self._told = now
