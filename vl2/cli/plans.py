@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Of the rate of large matrix products that the whole work reaches: gathered rows, small matrices, files.
 _EFFICIENCY = 0.4
 _READ_BYTES_PER_SECOND = 200e6
-_EXPORT_SECONDS, _EXPORT_BYTES_PER_SECOND = 60.0, 20e6  # tracing; reading, writing, hashing and the parity run
+_EXPORT_SECONDS, _EXPORT_BYTES_PER_SECOND = 30.0, 25e6  # tracing; reading, writing, hashing and the parity run
 
 
 @dataclass(frozen=True)
