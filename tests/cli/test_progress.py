@@ -61,6 +61,20 @@ def test_a_part_of_what_was_told_last_keeps_its_share_and_time(clock, capsys: py
     assert lines(capsys) == ["quantizing experts.3, 60%, 4 min left", "head, 20%", "head, 60%, 31 s left"]
 
 
+def test_a_scale_that_begins_above_where_the_last_one_began_is_timed_from_its_own_beginning(
+    clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = WorkProgress()
+    told(Progress("layer 0: attention statistics", 0.01, 10.0, 3600.0))
+    clock(3600)
+    told(Progress("layer 11: expert output", 9.9, 10.0, 36.0))
+    capsys.readouterr()
+    told.tell("vision.blocks.0.attn.qkv", 0.05)
+    clock(31)
+    told.tell("vision.blocks.9.attn.qkv", 0.3)
+    assert lines(capsys) == ["vision.blocks.9.attn.qkv, 30%, 87 s left"]
+
+
 def test_the_time_of_later_steps_is_told_in_proportion_to_the_rate_of_this_one(
     clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
