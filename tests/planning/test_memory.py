@@ -95,11 +95,11 @@ def test_workstation_memory_is_what_quantizing_asks_for() -> None:
     from vl2.quant.quantizer import QuantizeOptions
     from vl2.quant.recipe import OuterParts
 
-    for name in ("tiny", "base"):
+    for name in ("tiny", "small", "base"):
         model = planned_model(name)
         options = QuantizeOptions("int4", OuterParts(*_INT8), "awq+gptq")
         asked = peak_memory_bytes(model.config, options, Extent(32768, 4000, 100))
         planned = workstation_memory(model, Choice("int4", *_INT8), engine=True)
         # two estimates, of which the quantizer's follows its parts one by one
-        assert planned.quantize == pytest.approx(asked, rel=0.25)
+        assert planned.quantize == pytest.approx(asked, rel=0.05)
         assert planned.build > planned.export == EXPORT_BYTES

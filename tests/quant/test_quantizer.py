@@ -126,8 +126,11 @@ def test_an_interrupted_job_resumes_at_the_finished_parts_with_the_same_bytes(go
     class Killed(Exception):
         pass
 
+    told: list[str] = []
+
     def kill(module: str, done: int, total: int) -> None:
-        if done == 60:
+        told.append(module)
+        if len(told) == 60:
             raise Killed
 
     with pytest.raises(Killed):
@@ -137,7 +140,7 @@ def test_an_interrupted_job_resumes_at_the_finished_parts_with_the_same_bytes(go
     counts: list[int] = []
     resumed = quantize_checkpoint(source, tmp_path / "resumed", options, lambda _, done, total: counts.append(done))
     assert finished and all((resumed / name).stat().st_mtime_ns == time for name, time in finished.items())
-    assert counts == list(range(1, len(counts) + 1))
+    assert counts == sorted(set(counts))
     for path in whole.iterdir():
         assert path.read_bytes() == (resumed / path.name).read_bytes(), path.name
 

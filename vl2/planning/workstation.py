@@ -15,9 +15,9 @@ EXPORT_BYTES = 700 << 20
 # context, not measured.
 _BUILDER_BYTES = 1 << 30
 _BUILDER_COPIES = 3.4
-# As `vl2.quant.demands` and `vl2.calib.demands` count: process, candidates of rows, squared inputs, copies.
-_QUANTIZE_PROCESS_BYTES = 520 << 20
-_HESSIANS_BYTES, _SITE_BYTES = 20 * 4, 8
+# As `vl2.quant.demands` and `vl2.calib.demands` count: process, Hessians, copies of a matrix and of some of its rows.
+_QUANTIZE_PROCESS_BYTES = 450 << 20
+_HESSIANS, _COPIES, _CHUNK_COPIES, _CHUNK = 6, 5, 10, 8 << 20
 _CALIBRATION_TOKENS = 32768
 
 
@@ -33,7 +33,7 @@ class WorkstationMemory:
 def workstation_memory(model: PlannedModel, choice: Choice | None, engine: bool) -> WorkstationMemory:
     """choice: None for a model that is stored already; engine: whether the target takes one."""
     quantized = choice is not None and choice.scheme in EXPERT_FORMS
-    quantize = _quantize_bytes(model, EXPERT_FORMS[choice.scheme][0]) if quantized else None
+    quantize = _quantize_bytes(model) if quantized else None
     if not engine:
         return WorkstationMemory(EXPORT_BYTES, quantize, None)
     storage = model.storage or storage_of(model.tensors, form_of_choice(choice, model.config), FLOAT_BYTES["fp16"])
@@ -45,12 +45,11 @@ def build_bytes(model: PlannedModel, storage: Storage) -> int:
     return int(_BUILDER_BYTES + _BUILDER_COPIES * on_engines(model, storage).vision_bytes)
 
 
-def _quantize_bytes(model: PlannedModel, bits: int) -> int:
-    """One layer's experts with their codes, the matrices of their common input twice as float32, its Hessians."""
+def _quantize_bytes(model: PlannedModel) -> int:
+    """The dense layer with its INT8 codes, and what its widest matrix needs: no layer of experts takes as much."""
     language = model.config.language_config
-    experts = [tensor for tensor in model.tensors if tensor.module == "experts"]
-    layer = sum(tensor.parameters for tensor in experts[:3])
-    common = sum(tensor.parameters for tensor in experts[:2])
-    hessians = _HESSIANS_BYTES * language.hidden_size**2
-    states = 4 * _CALIBRATION_TOKENS * language.hidden_size
-    return _QUANTIZE_PROCESS_BYTES + layer * (8 + bits) // 8 + _SITE_BYTES * common + hessians + states
+    inner, hidden = language.intermediate_size, language.hidden_size
+    matrix = inner * hidden
+    working = _HESSIANS * inner**2 + _COPIES * matrix + _CHUNK_COPIES * min(matrix, _CHUNK)
+    states = _CALIBRATION_TOKENS * hidden
+    return _QUANTIZE_PROCESS_BYTES + 2 * 3 * matrix + 4 * (working + states)
