@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,13 +46,21 @@ def choose(weight: Tensor, candidates: Mapping[str, Quantized], hessian: Tensor 
     return Choice(candidates[best], best, errors[best], totals["rtn"], output_energies(weight, hessian))
 
 
-def join_rows(choices: Sequence[Choice]) -> Choice:
-    """The choices of a matrix's rows as one; its method is the one that most of them took."""
-    if len(choices) == 1:
-        return choices[0]
-    parts = [choice.quantized for choice in choices]
-    codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
-    (method, _), = Counter(choice.method for choice in choices).most_common(1)
-    errors, energies = (torch.cat([getattr(choice, name) for choice in choices]) for name in ("errors", "energies"))
-    rtn_error = sum(choice.rtn_error for choice in choices)
-    return Choice(Quantized(codes, scales, parts[0].bits), method, errors, rtn_error, energies)
+def join_rows(choices: Iterable[Choice], rows: int) -> Choice:
+    """The choices of a matrix's consecutive rows, `rows` in all, as one; its method is the one that most of them took.
+
+    Codes are copied as they come: kept apart, they would lie between what the next rows need and make the heap grow.
+    """
+    codes, begin, parts = torch.empty(0), 0, []
+    for choice in choices:
+        made = choice.quantized
+        if not parts:
+            codes = made.codes.new_empty(rows, made.codes.shape[1])
+        codes[begin : begin + len(made.codes)] = made.codes
+        begin += len(made.codes)
+        parts.append(replace(choice, quantized=Quantized(codes[:0], made.scales.clone(), made.bits)))
+    (method, _), = Counter(part.method for part in parts).most_common(1)
+    scales, errors, energies = (torch.cat(values) for values in zip(
+        *((part.quantized.scales, part.errors, part.energies) for part in parts), strict=True))
+    rtn_error = sum(part.rtn_error for part in parts)
+    return Choice(Quantized(codes, scales, parts[0].quantized.bits), method, errors, rtn_error, energies)

@@ -16,7 +16,9 @@ from vl2.quant.rtn import rtn
 from vl2.quant.scheme import Scheme
 from vl2.quant.statistics import Statistics
 
-CHUNK_ELEMENTS = 1 << 23  # of a weight at once: an lm_head of 129,280 rows would need ten copies of 0.7 GB
+# Of a weight at once: an lm_head of 129,280 rows would need ten copies of 0.7 GB. More than 32 MiB as float32, as glibc
+# maps such blocks by themselves and gives them back; smaller ones leave holes between what is kept.
+CHUNK_ELEMENTS = 9 << 20
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ def quantize_weight(weight: Tensor, statistics: Statistics | None, scheme: Schem
         raise VL2Error("this method needs calibration statistics", "calibrate first, or use the method `search`")
     # where no damping gives a factor, rounding with searched scales is what remains
     factor = factorize(statistics.hessian) if set(_GPTQ_SCALES) & set(method.candidates) else None
-    return join_rows([_quantize_rows(rows, statistics, scheme, (method, factor))
-                      for rows in weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1]))])
+    chunks = weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1]))
+    return join_rows((_quantize_rows(rows, statistics, scheme, (method, factor)) for rows in chunks), len(weight))
 
 
 def _quantize_rows(

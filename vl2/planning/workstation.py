@@ -17,7 +17,7 @@ _BUILDER_BYTES = 1 << 30
 _BUILDER_COPIES = 3.4
 # As `vl2.quant.demands` and `vl2.calib.demands` count: process, Hessians, copies of a matrix and of some of its rows.
 _QUANTIZE_PROCESS_BYTES = 450 << 20
-_HESSIANS, _COPIES, _CHUNK_COPIES, _CHUNK = 6, 5, 10, 8 << 20
+_HESSIANS, _COPIES, _CHUNK_COPIES, _CHUNK = 6, 5, 10, 9 << 20
 _CALIBRATION_TOKENS = 32768
 
 
