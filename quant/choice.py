@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,16 +51,17 @@ def join_rows(choices: Iterable[Choice], rows: int) -> Choice:
 
     Codes are copied as they come: kept apart, they would lie between what the next rows need and make the heap grow.
     """
-    codes, begin, parts = torch.empty(0), 0, []
+    codes, begin, rtn_error, methods, parts = None, 0, 0.0, Counter(), []
     for choice in choices:
         made = choice.quantized
-        if not parts:
+        if codes is None:
             codes = made.codes.new_empty(rows, made.codes.shape[1])
         codes[begin : begin + len(made.codes)] = made.codes
         begin += len(made.codes)
-        parts.append(replace(choice, quantized=Quantized(codes[:0], made.scales.clone(), made.bits)))
-    (method, _), = Counter(part.method for part in parts).most_common(1)
-    scales, errors, energies = (torch.cat(values) for values in zip(
-        *((part.quantized.scales, part.errors, part.energies) for part in parts), strict=True))
-    rtn_error = sum(part.rtn_error for part in parts)
-    return Choice(Quantized(codes, scales, parts[0].quantized.bits), method, errors, rtn_error, energies)
+        rtn_error += choice.rtn_error
+        methods[choice.method] += 1
+        parts.append((made.scales, choice.errors, choice.energies))
+    assert begin == rows, f"choices of {begin} rows, expected {rows}"
+    scales, errors, energies = (torch.cat(values) for values in zip(*parts, strict=True))
+    (method, _), = methods.most_common(1)
+    return Choice(Quantized(codes, scales, made.bits), method, errors, rtn_error, energies)

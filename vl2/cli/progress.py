@@ -47,8 +47,9 @@ class WorkProgress:
     """
 
     def __init__(self, later: float = 0.0) -> None:
-        self._later, self._first = later, (1.0, 0.0)
-        self._last: tuple[float, float | None] = (1.0, None)
+        self._later = later
+        self._first: tuple[float, float] | None = None
+        self._last: tuple[float, float | None] = (0.0, None)
         self._told = time.monotonic()
         self._on_terminal = sys.stderr.isatty()
         self._width = 0
@@ -69,7 +70,7 @@ class WorkProgress:
         now = time.monotonic()
         if share is None:
             share, remaining_seconds = self._last
-        elif share < self._last[0]:  # another scale begins
+        elif self._first is None or share < self._last[0]:  # another scale begins
             self._first = share, now
         elif remaining_seconds is None and share > self._first[0]:
             remaining_seconds = (now - self._first[1]) / (share - self._first[0]) * (1 - share)
